@@ -1,0 +1,123 @@
+"""Which implementation of an operator runs, and why the others do not. Nothing else in the package decides this.
+
+Every operator has implementations in order of preference. Each says, for the call at hand, either that it can run or
+why it cannot; `impl="auto"` takes the first that can and would, a named `impl` runs or raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Call:
+    """The facts that a choice rests on: no tensor, so that `explain()` can ask about calls that nobody made.
+
+    `kernel_size` is (height, width) of a convolution, None for operators without one.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    kernel_size: tuple[int, int] | None = None
+    training: bool = True
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run an operator. `obstacle(call)` is None, or why it cannot run; `reluctance(call)` is None, or why
+    `auto` prefers the next one although this one could run."""
+
+    name: str
+    load: Callable[[], Callable]
+    obstacle: Callable[[Call], str | None]
+    reluctance: Callable[[Call], str | None] = lambda call: None
+
+
+def _always(call: Call) -> str | None:
+    return None
+
+
+def _load_reference(operator: str) -> Callable[[], Callable]:
+    def load() -> Callable:
+        from fastcifar import reference
+
+        return getattr(reference, operator)
+
+    return load
+
+
+_OPERATORS: dict[str, list[Implementation]] = {
+    "depthwise_conv_bn_act": [
+        Implementation("reference", _load_reference("depthwise_conv_bn_act"), _always),
+    ],
+    "batch_norm_act": [
+        Implementation("reference", _load_reference("batch_norm_act"), _always),
+    ],
+}
+
+
+def operators() -> list[str]:
+    """Names of all operators that have a choice of implementations."""
+    return list(_OPERATORS)
+
+
+def implementations(operator: str) -> list[Implementation]:
+    """The operator's implementations, best first."""
+    return list(_OPERATORS[operator])
+
+
+def select(operator: str, impl: str, call: Call) -> Callable:
+    """The function that runs `operator` for this call.
+
+    Raises:
+        ValueError: `impl` names an implementation that this operator does not have.
+        RuntimeError: the named implementation cannot run this call; the message says what is missing.
+    """
+    available = _OPERATORS[operator]
+    if impl == "auto":
+        able = [i for i in available if i.obstacle(call) is None]
+        willing = [i for i in able if i.reluctance(call) is None]
+        return (willing or able)[0].load()
+    for implementation in available:
+        if implementation.name == impl:
+            obstacle = implementation.obstacle(call)
+            if obstacle is not None:
+                raise RuntimeError(f'{operator}: impl="{impl}" cannot run here: {obstacle}')
+            return implementation.load()
+    names = ", ".join(i.name for i in available)
+    raise ValueError(f'{operator}: has no implementation "{impl}" (it has: {names})')
+
+
+def explain(operator: str | None = None, call: Call | None = None) -> str:
+    """Says, a line an implementation, which one `impl="auto"` takes and why the others are passed over.
+
+    Args:
+        operator: one operator's name; None for all.
+        call: the call to explain; None for a bfloat16 training call with a 3×3 kernel on the GPU, or without one on
+            the CPU.
+
+    Raises:
+        ValueError: no operator of that name.
+    """
+    if operator is not None and operator not in _OPERATORS:
+        raise ValueError(f"explain: unknown operator {operator!r} (there are: {', '.join(_OPERATORS)})")
+    if call is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        call = Call(device=device, dtype=torch.bfloat16, kernel_size=(3, 3))
+    lines = []
+    for name in [operator] if operator else list(_OPERATORS):
+        lines.append(f"{name} ({call.device.type}, {str(call.dtype).removeprefix('torch.')}):")
+        taken = False
+        for implementation in _OPERATORS[name]:
+            reason = implementation.obstacle(call)
+            if reason is None and not taken:
+                reason = implementation.reluctance(call)
+                verdict = "runs" if reason is None else f"passed over by auto: {reason}"
+                taken = reason is None
+            else:
+                verdict = f"cannot run: {reason}" if reason else "could run"
+            lines.append(f"  {implementation.name:<10} {verdict}")
+    return "\n".join(lines)

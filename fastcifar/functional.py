@@ -1,0 +1,197 @@
+"""The documented functions: validate, apply the autocast policy, choose an implementation, call it."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from fastcifar import dispatch, validation
+
+
+def _autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return None
+
+
+def _autocast(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Under autocast the convolution's operands take its dtype; batch norm's parameters and statistics do not."""
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
+        return x.to(dtype), weight.to(dtype)
+    if x.dtype != weight.dtype:
+        raise TypeError(
+            f"depthwise_conv_bn_act: x and weight must have the same dtype outside autocast, "
+            f"got {x.dtype} and {weight.dtype}"
+        )
+    return x, weight
+
+
+def depthwise_conv_bn_act(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bn_weight: torch.Tensor | None,
+    bn_bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    process_group: dist.ProcessGroup | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Depthwise convolution, batch normalisation and activation as one operator.
+
+    Equal to `act(batch_norm(conv2d(x, weight, None, stride, padding, dilation, groups=C), running_mean, running_var,
+    bn_weight, bn_bias, training, momentum, eps))`, the running buffers updated in place as `F.batch_norm` does (with
+    the unbiased variance). Under autocast `x` and `weight` take the autocast dtype, everything else stays as it is.
+
+    Args:
+        x: [N, C, H, W], floating point; channels-last is the fast layout.
+        weight: [C, 1, KH, KW], the dtype of `x` (any, under autocast).
+        bn_weight, bn_bias: γ and β, [C], or None for 1 and 0.
+        running_mean, running_var: [C]; both or neither. Needed when `training` is False.
+        stride, padding, dilation: in pixels, an int or (height, width).
+        activation: "none", "relu", "relu6", "leaky_relu", "silu" or "hardswish".
+        negative_slope: the slope of leaky_relu for negative values.
+        training: normalise by the statistics of this batch, instead of the running ones.
+        momentum: weight of the new statistics in the running ones, in [0, 1].
+        eps: added to the variance.
+        process_group: with `training`, take the statistics over all ranks of this group.
+        impl: "auto" takes the best implementation that can run; a name ("triton", "native", "reference") runs that
+            one or raises. `fastcifar.dispatch.explain()` tells which runs.
+
+    Returns:
+        [N, C, H', W'] in the dtype of `x` (autocast's under autocast).
+
+    Raises:
+        ValueError: shapes, devices or options that do not fit, or a single value per channel in training.
+        TypeError: tensors that are not floating point, or of different dtypes.
+        RuntimeError: the named `impl` cannot run this call.
+
+    Source: Howard et al., MobileNets, 2017 (the block); Ioffe and Szegedy, Batch Normalization, 2015.
+    """
+    name = "depthwise_conv_bn_act"
+    stride = validation.pair(name, "stride", stride, minimum=1)
+    padding = validation.pair(name, "padding", padding, minimum=0)
+    dilation = validation.pair(name, "dilation", dilation, minimum=1)
+    validation.check_implementation(name, impl)
+    height, width = validation.check_depthwise(name, x, weight, stride, padding, dilation)
+    channels = x.shape[1]
+    validation.check_vectors(
+        name, channels, x, bn_weight=bn_weight, bn_bias=bn_bias, running_mean=running_mean, running_var=running_var
+    )
+    validation.check_batch_norm_options(
+        name,
+        running_mean=running_mean,
+        running_var=running_var,
+        training=training,
+        activation=activation,
+        negative_slope=negative_slope,
+        momentum=momentum,
+        eps=eps,
+    )
+    if training and process_group is None:
+        values = x.shape[0] * height * width
+        validation.check_training_size(name, channels, values, (x.shape[0], channels, height, width))
+    x, weight = _autocast(x, weight)
+    call = dispatch.Call(device=x.device, dtype=x.dtype, kernel_size=tuple(weight.shape[2:]), training=training)
+    run = dispatch.select(name, impl, call)
+    return run(
+        x,
+        weight,
+        bn_weight,
+        bn_bias,
+        running_mean,
+        running_var,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        activation=activation,
+        negative_slope=negative_slope,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        process_group=process_group,
+    )
+
+
+def batch_norm_act(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    process_group: dist.ProcessGroup | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Batch normalisation, addition of a residual and activation as one operator.
+
+    Equal to `act(batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps) + residual)`, the
+    running buffers updated in place as `F.batch_norm` does. Under autocast a residual of another dtype takes that of
+    `x`.
+
+    Args:
+        x: [N, C, *], floating point; channels-last is the fast layout.
+        weight, bias: γ and β, [C], or None for 1 and 0.
+        running_mean, running_var: [C]; both or neither. Needed when `training` is False.
+        residual: the shape and dtype of `x`, or None.
+        activation, negative_slope, training, momentum, eps, process_group, impl: as in `depthwise_conv_bn_act`.
+
+    Returns:
+        The shape and dtype of `x`.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `depthwise_conv_bn_act`.
+
+    Source: Ioffe and Szegedy, Batch Normalization, 2015; He et al., Deep Residual Learning, 2016.
+    """
+    name = "batch_norm_act"
+    validation.check_implementation(name, impl)
+    validation.check_normalised(name, x, residual, autocast=_autocast_dtype(x) is not None)
+    channels = x.shape[1]
+    validation.check_vectors(
+        name, channels, x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
+    )
+    validation.check_batch_norm_options(
+        name,
+        running_mean=running_mean,
+        running_var=running_var,
+        training=training,
+        activation=activation,
+        negative_slope=negative_slope,
+        momentum=momentum,
+        eps=eps,
+    )
+    if training and process_group is None:
+        validation.check_training_size(name, channels, x.numel() // max(channels, 1), x.shape)
+    if residual is not None:
+        residual = residual.to(x.dtype)
+    run = dispatch.select(name, impl, dispatch.Call(device=x.device, dtype=x.dtype, training=training))
+    return run(
+        x,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        residual,
+        activation=activation,
+        negative_slope=negative_slope,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        process_group=process_group,
+    )

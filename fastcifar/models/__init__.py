@@ -1,0 +1,12 @@
+"""The published CIFAR networks, by name."""
+
+from fastcifar.models import ds_resnet, modify_resnet, resnet_cifar10, small_filters_cnn
+from fastcifar.models.registry import count_parameters, create_model, list_models, model_options, register
+
+register("ds_resnet", ds_resnet.ds_resnet)
+register("ds_resnet_x2", ds_resnet.ds_resnet_x2)
+register("small_filters_cnn", small_filters_cnn.small_filters_cnn)
+register("modify_resnet", modify_resnet.modify_resnet)
+register("resnet_cifar10", resnet_cifar10.resnet_cifar10)
+
+__all__ = ["count_parameters", "create_model", "list_models", "model_options", "register"]

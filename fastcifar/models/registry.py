@@ -1,0 +1,77 @@
+"""Names of models: creation, listing, options and parameter counts, with timm's function names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from fastcifar import validation
+
+_MODELS: dict[str, Callable[..., nn.Module]] = {}
+
+
+def register(name: str, build: Callable[..., nn.Module]) -> None:
+    """Adds a model: `build(num_classes=…, **options)`, every option with a default."""
+    if name in _MODELS:
+        raise ValueError(f"register: there is a model {name!r} already")
+    _MODELS[name] = build
+
+
+def list_models() -> list[str]:
+    """All names that `create_model` takes, sorted."""
+    return sorted(_MODELS)
+
+
+def model_options(name: str) -> dict[str, Any]:
+    """The model's options beside `num_classes`, with their defaults.
+
+    Raises:
+        ValueError: no model of that name.
+    """
+    parameters = inspect.signature(_MODELS[validation.choose("model", name, list_models())]).parameters
+    return {key: parameter.default for key, parameter in parameters.items() if key != "num_classes"}
+
+
+def create_model(name: str, num_classes: int = 100, **options: Any) -> nn.Module:
+    """Builds a model with fresh weights from torch's global generator.
+
+    Args:
+        name: one of `list_models()`.
+        num_classes: size of the output.
+        **options: see `model_options(name)`.
+
+    Returns:
+        A module from float images [N, 3, H, W] (32×32 for all CIFAR models) to logits [N, num_classes].
+
+    Raises:
+        ValueError: an unknown model or option (the message names the nearest), or a value out of range.
+    """
+    known = model_options(name)
+    for option in options:
+        if option not in known:
+            validation.choose(f"option of {name}", option, known)
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"create_model: num_classes must be an int ≥ 1, got {num_classes!r}")
+    return _MODELS[name](num_classes=num_classes, **options)
+
+
+def count_parameters(model: nn.Module, convention: str = "torch") -> int:
+    """Number of parameters.
+
+    Args:
+        model: any module.
+        convention: "torch" counts `parameters()`; "keras" adds the running mean and variance of every batch
+            normalisation, as Keras' `count_params()` does with its non-trainable weights.
+
+    Raises:
+        ValueError: another convention.
+    """
+    validation.choose("convention", convention, ("torch", "keras"))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if convention == "keras":
+        suffixes = ("running_mean", "running_var")
+        total += sum(buffer.numel() for name, buffer in model.named_buffers() if name.endswith(suffixes))
+    return total

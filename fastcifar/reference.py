@@ -1,0 +1,141 @@
+"""Plain-PyTorch implementations: the definition that every kernel is held to.
+
+Each function here has the signature of its counterpart in `fastcifar.functional` (without `impl`), runs on every
+device and in every floating-point dtype including float64, and is differentiable by autograd, twice.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+
+def activate(y: torch.Tensor, activation: str, negative_slope: float = 0.01) -> torch.Tensor:
+    """Applies the activation of that name to a tensor of any shape; `negative_slope` serves leaky_relu only."""
+    if activation == "none":
+        return y
+    if activation == "leaky_relu":
+        return F.leaky_relu(y, negative_slope)
+    return {"relu": F.relu, "relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish}[activation](y)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, process_group):
+        ctx.process_group = process_group
+        total = tensor.clone()
+        dist.all_reduce(total, group=process_group)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _SumOverRanks.apply(gradient.contiguous(), ctx.process_group), None
+
+
+def _synchronised_batch_norm(y, weight, bias, running_mean, running_var, momentum, eps, process_group):
+    """Batch norm over the batches of all ranks, which may differ in size (two sums, the second about the mean)."""
+    dtype = torch.promote_types(y.dtype, torch.float32)
+    values = y.to(dtype)
+    axes = [0, *range(2, y.dim())]
+    shape = [1, -1] + [1] * (y.dim() - 2)
+    count = torch.tensor([y.numel() // y.shape[1]], dtype=torch.float64, device=y.device)
+    dist.all_reduce(count, group=process_group)
+    if count.item() == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(y.shape)}")
+    total = count.to(dtype)
+    mean = _SumOverRanks.apply(values.sum(axes), process_group) / total
+    centred = values - mean.view(shape)
+    variance = _SumOverRanks.apply(centred.square().sum(axes), process_group) / total
+    if running_mean is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((variance * (total / (total - 1))).to(running_var.dtype), momentum)
+    normalised = centred * torch.rsqrt(variance + eps).view(shape)
+    if weight is not None:
+        normalised = normalised * weight.to(dtype).view(shape)
+    if bias is not None:
+        normalised = normalised + bias.to(dtype).view(shape)
+    return normalised.to(y.dtype)
+
+
+def batch_norm(
+    y: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    process_group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """`F.batch_norm`; with a process group and `training`, over the batches of all its ranks."""
+    if training and process_group is not None:
+        return _synchronised_batch_norm(y, weight, bias, running_mean, running_var, momentum, eps, process_group)
+    return F.batch_norm(y, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def depthwise_conv_bn_act(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bn_weight: torch.Tensor | None,
+    bn_bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] = 0,
+    dilation: int | tuple[int, int] = 1,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    process_group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """act(batch_norm(conv2d(x, weight, groups=C))); shapes as in `fastcifar.functional.depthwise_conv_bn_act`."""
+    y = F.conv2d(x, weight, None, stride, padding, dilation, x.shape[1])
+    y = batch_norm(
+        y,
+        bn_weight,
+        bn_bias,
+        running_mean,
+        running_var,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        process_group=process_group,
+    )
+    return activate(y, activation, negative_slope)
+
+
+def batch_norm_act(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    activation: str = "relu",
+    negative_slope: float = 0.01,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    process_group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """act(batch_norm(x) + residual); shapes as in `fastcifar.functional.batch_norm_act`."""
+    y = batch_norm(
+        x,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        process_group=process_group,
+    )
+    return activate(y if residual is None else y + residual, activation, negative_slope)

@@ -1,0 +1,178 @@
+"""Checks of what users pass: every message names the values and the fix."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+
+ACTIVATIONS = ("none", "relu", "relu6", "leaky_relu", "silu", "hardswish")
+IMPLEMENTATIONS = ("auto", "triton", "native", "reference")
+
+
+def nearest_match(name: str, choices: Iterable[str]) -> str | None:
+    """The choice that `name` most probably meant, or None when nothing is near."""
+    lowered = {choice.lower(): choice for choice in choices}
+    found = difflib.get_close_matches(str(name).lower(), list(lowered), n=1, cutoff=0.6)
+    return lowered[found[0]] if found else None
+
+
+def choose(kind: str, name: str, choices: Iterable[str]) -> str:
+    """Returns `name` when it is one of `choices`.
+
+    Raises:
+        ValueError: otherwise; the message holds the nearest match and all choices.
+    """
+    choices = list(choices)
+    if name in choices:
+        return name
+    near = nearest_match(name, choices)
+    hint = f"; did you mean {near!r}?" if near else ""
+    raise ValueError(f"unknown {kind} {name!r}{hint} (choose from: {', '.join(choices)})")
+
+
+def pair(operator: str, name: str, value: int | Sequence[int], *, minimum: int) -> tuple[int, int]:
+    """An int or a pair of ints as (height, width), each at least `minimum`."""
+    values = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    if len(values) != 2 or any(isinstance(v, bool) or not isinstance(v, int) or v < minimum for v in values):
+        raise ValueError(f"{operator}: {name} must be an int or a pair of ints, each ≥ {minimum}, got {value!r}")
+    return values
+
+
+def output_size(
+    size: tuple[int, int],
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[int, int]:
+    """Height and width of a convolution's output; values below 1 mean that the kernel does not fit."""
+    height, width = (
+        (s + 2 * p - d * (k - 1) - 1) // t + 1
+        for s, k, t, p, d in zip(size, kernel_size, stride, padding, dilation, strict=True)
+    )
+    return height, width
+
+
+def check_vectors(operator: str, channels: int, like: torch.Tensor, **vectors: torch.Tensor | None) -> None:
+    """Each given tensor must be floating point, of shape [channels], on the device of `like`."""
+    for name, vector in vectors.items():
+        if vector is None:
+            continue
+        if not isinstance(vector, torch.Tensor):
+            raise TypeError(f"{operator}: {name} must be a tensor or None, got {type(vector).__name__}")
+        if vector.shape != (channels,):
+            raise ValueError(
+                f"{operator}: {name} must have shape ({channels},) for an input of {channels} channels, "
+                f"got {tuple(vector.shape)}"
+            )
+        if not vector.is_floating_point():
+            raise TypeError(f"{operator}: {name} must be floating point, got {vector.dtype}")
+        if vector.device != like.device:
+            raise ValueError(f"{operator}: {name} is on {vector.device} but the input is on {like.device}")
+
+
+def check_batch_norm_options(
+    operator: str,
+    *,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    training: bool,
+    activation: str,
+    negative_slope: float,
+    momentum: float,
+    eps: float,
+) -> None:
+    """Options that all operators with batch normalisation and an activation share."""
+    if (running_mean is None) != (running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(f"{operator}: running_mean and running_var go together, but {missing} is None")
+    if not training and running_mean is None:
+        raise ValueError(f"{operator}: training=False needs running_mean and running_var, got None")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{operator}: {_unknown('activation', activation, ACTIVATIONS)}")
+    if not math.isfinite(negative_slope):
+        raise ValueError(f"{operator}: negative_slope must be finite, got {negative_slope!r}")
+    if not 0.0 <= momentum <= 1.0:
+        raise ValueError(f"{operator}: momentum must lie in [0, 1], got {momentum!r}")
+    if not eps > 0.0:
+        raise ValueError(f"{operator}: eps must be > 0, got {eps!r}")
+
+
+def _unknown(kind: str, name: str, choices: Sequence[str]) -> str:
+    try:
+        choose(kind, name, choices)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError(f"{name} is a known {kind}")
+
+
+def check_implementation(operator: str, impl: str) -> None:
+    """`impl` must be one of `IMPLEMENTATIONS`."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"{operator}: {_unknown('impl', impl, IMPLEMENTATIONS)}")
+
+
+def check_training_size(operator: str, channels: int, values_per_channel: int, size: Sequence[int]) -> None:
+    """Batch statistics of one value have no variance: the same refusal, in the same words, as torch's."""
+    if values_per_channel == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(size)}")
+
+
+def _check_tensors(operator: str, **tensors: torch.Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{operator}: {name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{operator}: {name} must be floating point, got {tensor.dtype}")
+
+
+def check_normalised(operator: str, x: torch.Tensor, residual: torch.Tensor | None, *, autocast: bool) -> None:
+    """An input of batch normalisation, and what is added to the result."""
+    _check_tensors(operator, x=x)
+    if x.dim() < 2:
+        raise ValueError(f"{operator}: x must have shape (N, C, …), got {tuple(x.shape)}")
+    if residual is None:
+        return
+    _check_tensors(operator, residual=residual)
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"{operator}: residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}"
+        )
+    if residual.device != x.device:
+        raise ValueError(f"{operator}: residual is on {residual.device} but x is on {x.device}; move one of them")
+    if residual.dtype != x.dtype and not autocast:
+        raise TypeError(
+            f"{operator}: x and residual must have the same dtype outside autocast, got {x.dtype} and {residual.dtype}"
+        )
+
+
+def check_depthwise(
+    operator: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[int, int]:
+    """Shapes, dtypes and devices of a depthwise convolution; returns the output's (height, width)."""
+    _check_tensors(operator, x=x, weight=weight)
+    if x.dim() != 4:
+        raise ValueError(f"{operator}: x must have shape (N, C, H, W), got {tuple(x.shape)}")
+    channels = x.shape[1]
+    if weight.dim() != 4 or weight.shape[:2] != (channels, 1) or 0 in weight.shape[2:]:
+        raise ValueError(
+            f"{operator}: weight must have shape ({channels}, 1, K, K) for an input of {channels} channels, "
+            f"got {tuple(weight.shape)}"
+        )
+    if weight.device != x.device:
+        raise ValueError(f"{operator}: weight is on {weight.device} but x is on {x.device}; move one of them")
+    size = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    if min(size) < 1:
+        raise ValueError(
+            f"{operator}: a {tuple(weight.shape[2:])} kernel with dilation {dilation} does not fit an input of "
+            f"{tuple(x.shape[2:])} with padding {padding}; enlarge the padding or the input"
+        )
+    return size

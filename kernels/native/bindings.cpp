@@ -1,0 +1,33 @@
+#include <nanobind/nanobind.h>
+
+#include "allocator.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+nb::dict build_info() {
+  nb::dict info;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#elif defined(__GNUC__)
+  info["compiler"] = "gcc " __VERSION__;
+#else
+  info["compiler"] = "unknown";
+#endif
+  info["cuda"] = FASTCIFAR_CUDA != 0;
+#ifdef _OPENMP
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  return info;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.doc() = "Compiled part of fastcifar.";
+  m.def("tune_allocator", &fastcifar::tune_allocator);
+  m.def("build_info", &build_info);
+}

@@ -1,0 +1,31 @@
+"""Settings of all tests."""
+
+import os
+import pathlib
+
+import torch
+
+if not torch.cuda.is_available():
+    # The Triton interpreter is chosen when the kernels are imported.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def cifar_folder() -> pathlib.Path:
+    """The folder that holds the real CIFAR sets."""
+    folder = os.environ.get("FASTCIFAR_DATA")
+    if not folder:
+        pytest.skip("needs the real CIFAR images: set FASTCIFAR_DATA to the folder that holds cifar-100-python/")
+    return pathlib.Path(folder)
+
+
+def pytest_collection_modifyitems(items):
+    """GPU tests are skipped, with the reason, where there is no GPU."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
