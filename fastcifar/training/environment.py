@@ -41,7 +41,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def choose_amp_dtype(name: str, device: torch.device) -> str:
-    """"bf16", "fp16" or "fp32"; "auto" is bf16 where the processor or GPU computes in it, fp32 elsewhere."""
+    """ "bf16", "fp16" or "fp32"; "auto" is bf16 where the processor or GPU computes in it, fp32 elsewhere."""
     if name != "auto":
         return name
     if device.type == "cuda":
