@@ -61,7 +61,7 @@ def _parser() -> command_line.Parser:
 def _value(text: str) -> Any:
     """A model option's value as typed: a number, true or false, a list with commas, or a text."""
     if "," in text:
-        return tuple(_value(part) for part in text.split(",") if part)
+        return [_value(part) for part in text.split(",") if part]
     for kind in (int, float):
         try:
             return kind(text)

@@ -49,12 +49,12 @@ def read_members(path: pathlib.Path, wanted: Collection[str]) -> dict[str, bytes
     try:
         with gzip.open(path, "rb") as unzipped, tarfile.open(fileobj=_Limited(unzipped, TOTAL_LIMIT), mode="r|") as tar:
             for member in tar:
+                if member.size > MEMBER_LIMIT:
+                    raise DataError(f"its member {member.name!r} claims {member.size} bytes")
                 if member.name not in wanted or member.name in found:
                     continue
                 if not member.isreg():
                     raise DataError(f"its member {member.name!r} is not a regular file")
-                if member.size > MEMBER_LIMIT:
-                    raise DataError(f"its member {member.name!r} claims {member.size} bytes")
                 file = tar.extractfile(member)
                 content = file.read() if file else b""
                 if len(content) != member.size:

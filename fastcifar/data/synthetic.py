@@ -1,8 +1,8 @@
 """The embedded stand-in for CIFAR-100: a hundred classes of shapes with patterns, drawn from a seed.
 
 A class is one of ten shapes filled with one of ten patterns. Colours, place, size, angle, the pattern's phase and the
-background are random, so that no single pixel tells anything: a linear classifier fails, a small convolutional
-network learns.
+background are random, and half of the images are negatives, so that no single pixel tells anything: a linear
+classifier fails, a small convolutional network learns.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _draw(labels: numpy.ndarray, generator: numpy.random.Generator) -> numpy.nda
         return generator.uniform(low, high, (count, *shape)).astype(numpy.float32)
 
     axis = (numpy.arange(_SIDE, dtype=numpy.float32) + 0.5) / _SIDE * 2 - 1
-    turn, size = draw(-0.5, 0.5, 1, 1), draw(0.5, 0.8, 1, 1)
+    turn, size = draw(-0.4, 0.4, 1, 1), draw(0.55, 0.9, 1, 1)
     across, down = axis[None, None, :] - draw(-0.3, 0.3, 1, 1), axis[None, :, None] - draw(-0.3, 0.3, 1, 1)
     x = (numpy.cos(turn) * across + numpy.sin(turn) * down) / size
     y = (numpy.cos(turn) * down - numpy.sin(turn) * across) / size
@@ -91,10 +91,12 @@ def _draw(labels: numpy.ndarray, generator: numpy.random.Generator) -> numpy.nda
         inside[chosen, ..., 0] = _inside(index, x[chosen], y[chosen])
         chosen = labels % 10 == index
         values[chosen, ..., 0] = _pattern(index, x[chosen], y[chosen], phase[chosen], grain[chosen])
-    light, dark = draw(0.1, 1.0, 1, 1, 3), draw(0.0, 0.9, 1, 1, 3)
-    background = draw(0, 1, 1, 1, 3) + draw(-0.3, 0.3, 1, 1, 3) * (across + down)[..., None]
+    light, dark = draw(0.6, 1.0, 1, 1, 3), draw(0.0, 0.35, 1, 1, 3)
+    background = draw(0.3, 0.65, 1, 1, 3) + draw(-0.3, 0.3, 1, 1, 3) * (across + down)[..., None]
     image = numpy.where(inside, dark + (light - dark) * values, background)
-    image += 0.06 * generator.standard_normal(image.shape, numpy.float32)
+    negative = generator.integers(0, 2, (count, 1, 1, 1), numpy.uint8) == 1
+    image = numpy.where(negative, 1 - image, image)
+    image += 0.08 * generator.standard_normal(image.shape, numpy.float32)
     return (numpy.clip(image, 0, 1) * 255 + 0.5).astype(numpy.uint8)
 
 

@@ -180,18 +180,19 @@ class Classification:
             tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.model.state_dict().items()}
         return tensors
 
-    def _parameter_names(self) -> list[str]:
+    def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """In the optimiser's order."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
-        return [names[p] for group in self.optimiser.param_groups for p in group["params"]]
+        return [(names[p], p) for group in self.optimiser.param_groups for p in group["params"]]
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """All that the next steps depend on: tensors by name, and JSON values."""
         tensors = self.network_tensors()
-        names = self._parameter_names()
+        parameters = self._named_parameters()
         for index, values in self.optimiser.state_dict()["state"].items():
             for key, value in values.items():
                 if value is not None:
-                    tensors[f"optimiser.{names[index]}.{key}"] = torch.as_tensor(value)
+                    tensors[f"optimiser.{parameters[index][0]}.{key}"] = torch.as_tensor(value)
         tensors |= {"progress.loss_sum": self.loss_sum, "progress.correct": self.correct}
         tensors |= {"progress.bad_steps": self.update.bad_steps, "progress.first_bad": self.update.first_bad}
         scaler = self.update.scaler.state_dict() if self.update.scaler else None
@@ -227,11 +228,18 @@ class Classification:
 
     def _load_optimiser(self, tensors: dict[str, torch.Tensor]) -> None:
         state: dict[int, dict[str, torch.Tensor]] = {}
-        for index, name in enumerate(self._parameter_names()):
+        for index, (name, parameter) in enumerate(self._named_parameters()):
             prefix = name + "."
             found = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-            values = {key: t for key, t in found.items() if "." not in key}
+            values = {key: _laid_out_as(parameter, t) for key, t in found.items() if "." not in key}
             if values:
                 state[index] = values
         groups = self.optimiser.state_dict()["param_groups"]
         self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _laid_out_as(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A fused optimiser walks parameter and state by address, so their strides must agree."""
+    if tensor.shape != parameter.shape:
+        return tensor
+    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)
