@@ -16,7 +16,7 @@ _STARTED = time.perf_counter()
 import torch  # noqa: E402
 
 from fastcifar import command_line, data, models  # noqa: E402
-from fastcifar.training import checkpoint, distributed, environment, loop, recipe, run_folder  # noqa: E402
+from fastcifar.training import checkpoint, distributed, environment, loop, recipe, run_folder, trackers  # noqa: E402
 from fastcifar.training.classify import Classification, load_weights  # noqa: E402
 from fastcifar.training.curves import draw_curves  # noqa: E402
 from fastcifar.training.options import Recipe, flag, options  # noqa: E402
@@ -134,14 +134,7 @@ def _place(chosen: Recipe, saved: checkpoint.Checkpoint | None) -> pathlib.Path:
 def _check(chosen: Recipe) -> None:
     """All that can be checked before any data is read."""
     models.create_model(chosen.model, **chosen.model_options)
-    for name, extra in (("tensorboard", "tensorboard"), ("wandb", "wandb")):
-        if getattr(chosen, name):
-            try:
-                __import__(name)
-            except ImportError as error:
-                raise command_line.UsageError(
-                    f"--{name}: the package is missing; run `pip install 'fastcifar[{extra}]'`"
-                ) from error
+    trackers.check(chosen)
 
 
 def _dry_run(chosen: Recipe, task: Classification) -> int:
@@ -253,7 +246,9 @@ def main(arguments: Sequence[str]) -> int:
             train_loop.resume(saved)
         if folder is not None:
             settings["startup_seconds"] = round(time.perf_counter() - _STARTED, 2)
-            folder.describe(dataclasses.asdict(chosen), environment.describe(device, settings))
+            config = dataclasses.asdict(chosen)
+            folder.describe(config, environment.describe(device, settings))
+            folder.trackers = trackers.open_trackers(chosen, place, config)
             progress.message(
                 f"{chosen.model} ({models.count_parameters(task.model):,} parameters) on {dataset.source}; preset "
                 f"{chosen.preset}, {chosen.steps} steps × {chosen.batch_size}, {device}; run in {place}"

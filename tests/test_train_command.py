@@ -235,6 +235,28 @@ def test_an_unknown_flag_gets_the_nearest(source, capsys):
     assert "did you mean --weight-decay?" in capsys.readouterr().err
 
 
+class FakeService:
+    """Stands for a tracking package: remembers what it is given."""
+
+    def __init__(self):
+        self.rows = []
+
+    def init(self, **options):
+        assert options["config"]["steps"] == 3
+        return self
+
+    def log(self, values, step):
+        self.rows.append((step, values["train_loss"]))
+
+
+def test_rows_go_to_a_tracking_service_too(source, monkeypatch):
+    service = FakeService()
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    assert status_of(start(source, "--steps", 3, "--wandb", "--output", "run")) == 0
+    rows = [json.loads(line) for line in open("run/metrics.jsonl")]
+    assert service.rows == [(row["step"], row["train_loss"]) for row in rows]
+
+
 def test_debug_shows_the_traceback(source):
     with pytest.raises(ValueError, match="unknown model"):
         status_of(["--model", "x", "--debug"])

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 COLUMNS = (
@@ -51,6 +52,7 @@ class RunFolder:
 
     def __init__(self, path: pathlib.Path, step: int = 0):
         self.path = path
+        self.trackers: list[Callable[[dict[str, Any]], None]] = []
         path.mkdir(parents=True, exist_ok=True)
         self.rows = [row for row in _read_rows(path / "metrics.jsonl") if row["step"] <= step]
         self._rewrite("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -80,6 +82,8 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
         with open(self.path / "metrics.csv", "a", newline="") as file:
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+        for tracker in self.trackers:
+            tracker(row)
 
     def log(self, line: str) -> None:
         """Appends a line to log.txt."""
