@@ -101,5 +101,5 @@ def describe(device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:
         "settings": settings,
         "native_module": native.why_not() or native.build_info(),
         "implementations": dispatch.explain().splitlines(),
-        "command": sys.argv,
+        "command": ["python", "-m", "fastcifar.train", *sys.argv[1:]],
     }
