@@ -43,8 +43,25 @@ def _always(call: Call) -> str | None:
     return None
 
 
-def _loaded(module: str, function: str) -> Callable[[], Callable]:
-    return lambda: getattr(importlib.import_module(module), function)
+# Import statements and not importlib: torch.compile traces through these.
+
+
+def _reference_depthwise() -> Callable:
+    from fastcifar import reference
+
+    return reference.depthwise_conv_bn_act
+
+
+def _reference_batch_norm_act() -> Callable:
+    from fastcifar import reference
+
+    return reference.batch_norm_act
+
+
+def _triton_depthwise() -> Callable:
+    from fastcifar.ops import depthwise
+
+    return depthwise.depthwise_conv_bn_act
 
 
 _LOW_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
@@ -84,14 +101,14 @@ _OPERATORS: dict[str, list[Implementation]] = {
     "depthwise_conv_bn_act": [
         Implementation(
             "triton",
-            _loaded("fastcifar.ops.depthwise", "depthwise_conv_bn_act"),
+            _triton_depthwise,
             _triton_depthwise_obstacle,
             _triton_reluctance,
         ),
-        Implementation("reference", _loaded("fastcifar.reference", "depthwise_conv_bn_act"), _always),
+        Implementation("reference", _reference_depthwise, _always),
     ],
     "batch_norm_act": [
-        Implementation("reference", _loaded("fastcifar.reference", "batch_norm_act"), _always),
+        Implementation("reference", _reference_batch_norm_act, _always),
     ],
 }
 
@@ -113,17 +130,35 @@ def select(operator: str, impl: str, call: Call) -> Callable:
         ValueError: `impl` names an implementation that this operator does not have.
         RuntimeError: the named implementation cannot run this call; the message says what is missing.
     """
+    name = _choose(operator, impl, call.device, call.dtype, call.kernel_size, call.training)
+    for implementation in _OPERATORS[operator]:
+        if implementation.name == name:
+            return implementation.load()
+    raise AssertionError(name)
+
+
+@torch.compiler.assume_constant_result
+def _choose(
+    operator: str,
+    impl: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    kernel_size: tuple[int, int] | None,
+    training: bool,
+) -> str:
+    """The name of the implementation for this call."""
+    call = Call(device, dtype, kernel_size, training)
     available = _OPERATORS[operator]
     if impl == "auto":
         able = [i for i in available if i.obstacle(call) is None]
         willing = [i for i in able if i.reluctance(call) is None]
-        return (willing or able)[0].load()
+        return (willing or able)[0].name
     for implementation in available:
         if implementation.name == impl:
             obstacle = implementation.obstacle(call)
             if obstacle is not None:
                 raise RuntimeError(f'{operator}: impl="{impl}" cannot run here: {obstacle}')
-            return implementation.load()
+            return impl
     names = ", ".join(i.name for i in available)
     raise ValueError(f'{operator}: has no implementation "{impl}" (it has: {names})')
 
