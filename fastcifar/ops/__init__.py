@@ -1,0 +1,1 @@
+"""Operators: what a kernel needs around it, one file an operator."""
