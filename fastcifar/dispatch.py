@@ -59,8 +59,9 @@ def _no_native_aw_hinge(call: Call) -> str | None:
         return reason
     if call.device.type != "cuda" or torch.version.cuda is None:
         return f"the compiled module has no code for {call.device.type} tensors on this build of torch"
-    if not native.has_cuda():
-        return "the compiled module was built without CUDA (no working nvcc was found); install one and reinstall"
+    reason = native.cuda_obstacle()
+    if reason is not None:
+        return reason
     major, minor = torch.cuda.get_device_capability(call.device)
     return None if major >= 8 else f"the compiled module holds code for sm_80 and later, this GPU is sm_{major}{minor}"
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from fastcifar import dispatch, validation
 
+_LEAF = torch._C._functions.AccumulateGrad
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -300,16 +301,14 @@ def _check_logits(name: str, argument: str, logits: torch.Tensor) -> None:
 
 def _graphs_meet(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether a backward pass from `a` would free what one from `b` needs (leaves hold nothing to free)."""
-    from_a = _inner_nodes(a.grad_fn)
-    return not from_a.isdisjoint(_inner_nodes(b.grad_fn))
+    return not _inner_nodes(a.grad_fn).isdisjoint(_inner_nodes(b.grad_fn))
 
 
 def _inner_nodes(root) -> set:
-    found, pending = set(), [root]
+    found, pending = {root}, [root]
     while pending:
-        node = pending.pop()
-        if node is None or node in found or node.name() == "torch::autograd::AccumulateGrad":
-            continue
-        found.add(node)
-        pending.extend(successor for successor, _ in node.next_functions)
+        for node, _ in pending.pop().next_functions:
+            if node is not None and type(node) is not _LEAF and node not in found:
+                found.add(node)
+                pending.append(node)
     return found

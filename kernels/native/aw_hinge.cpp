@@ -23,7 +23,6 @@ namespace {
 
 // Below this many values a second thread costs more than it saves.
 constexpr std::int64_t kParallelSize = 1 << 16;
-constexpr int kLanes = 16;
 
 alignas(64) const double kZeros[kChunk] = {};
 
@@ -43,30 +42,17 @@ std::vector<Chunk> split(const Gradient* gradients, std::int64_t count) {
 
 template <class T>
 FASTCIFAR_INLINE void dot_chunk(const T* r, const T* f, std::int64_t size, double* sums) {
-  double rr[kLanes] = {}, ff[kLanes] = {}, rf[kLanes] = {};
-  std::int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes)
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const double a = load(r[i + lane]), b = load(f[i + lane]);
-      rr[lane] += a * a;
-      ff[lane] += b * b;
-      rf[lane] += a * b;
-    }
-  for (int lane = 0; i < size; ++i, ++lane) {
+  double rr = 0.0, ff = 0.0, rf = 0.0;
+#pragma omp simd reduction(+ : rr, ff, rf)
+  for (std::int64_t i = 0; i < size; ++i) {
     const double a = load(r[i]), b = load(f[i]);
-    rr[lane] += a * a;
-    ff[lane] += b * b;
-    rf[lane] += a * b;
+    rr += a * a;
+    ff += b * b;
+    rf += a * b;
   }
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int lane = 0; lane < width; ++lane) {
-      rr[lane] += rr[lane + width];
-      ff[lane] += ff[lane + width];
-      rf[lane] += rf[lane + width];
-    }
-  sums[0] = rr[0];
-  sums[1] = ff[0];
-  sums[2] = rf[0];
+  sums[0] = rr;
+  sums[1] = ff;
+  sums[2] = rf;
 }
 
 FASTCIFAR_CLONES void dot(const float* r, const float* f, std::int64_t n, double* sums) { dot_chunk(r, f, n, sums); }

@@ -260,6 +260,12 @@ long long for_tables(const Gradient* gradients, std::int64_t count, Launch launc
 
 }  // namespace
 
+const char* cuda_obstacle() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 void hinge_terms_cuda(const Logits& logits, int device, void* stream) {
   const DeviceGuard guard(device);
   with_scalar(logits.scalar, [&](auto tag) {

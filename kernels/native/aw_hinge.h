@@ -106,6 +106,8 @@ void gradient_weights_cpu(const Gradient* gradients, std::int64_t count, const D
 void combine_cpu(const Gradient* gradients, std::int64_t count, const double* weights, int threads);
 
 #if FASTCIFAR_CUDA
+// Null, or why the CUDA runtime in this module finds no device (a driver that is missing or too old, say).
+const char* cuda_obstacle();
 // Asynchronous on the stream; they throw std::runtime_error when a launch is refused.
 void hinge_terms_cuda(const Logits& logits, int device, void* stream);
 void gradient_weights_cuda(const Gradient* gradients, std::int64_t count, const Decision& decision, int device,

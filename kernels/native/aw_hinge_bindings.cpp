@@ -106,11 +106,21 @@ void combine(const Addresses& real, const Addresses& fake, const Addresses& targ
 #endif
 }
 
+// None, or why CUDA code of this module cannot run on this machine.
+const char* cuda_obstacle() {
+#if FASTCIFAR_CUDA
+  return hinge::cuda_obstacle();
+#else
+  return "built without CUDA";
+#endif
+}
+
 }  // namespace
 
 void bind_aw_hinge(nb::module_& m) {
   using Release = nb::call_guard<nb::gil_scoped_release>;
   m.attr("aw_hinge_chunk") = hinge::kChunk;
+  m.def("cuda_obstacle", &cuda_obstacle);
   m.def("aw_hinge_terms", &terms, "real"_a, "fake"_a, "d_real"_a, "d_fake"_a, "n_real"_a, "n_fake"_a, "scalar"_a,
         "counts"_a, "device_scale"_a, "scale"_a, "terms"_a, "device"_a, "stream"_a, Release());
   m.def("aw_hinge_weights", &weights, "real"_a, "fake"_a, "sizes"_a, "scalars"_a, "terms"_a, "device_scale"_a,
