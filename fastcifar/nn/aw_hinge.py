@@ -305,7 +305,8 @@ def _graphs_meet(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _inner_nodes(root) -> set:
-    found, pending = {root}, [root]
+    found = set() if root is None else {root}
+    pending = list(found)
     while pending:
         for node, _ in pending.pop().next_functions:
             if node is not None and type(node) is not _LEAF and node not in found:

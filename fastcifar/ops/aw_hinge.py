@@ -32,8 +32,7 @@ def _same_memory_order(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether both are dense and hold their elements in the same order."""
     if a.is_contiguous():
         return b.is_contiguous()
-    channels_last = torch.channels_last
-    return a.dim() == 4 and a.is_contiguous(memory_format=channels_last) and b.is_contiguous(memory_format=channels_last)
+    return a.dim() == 4 and all(t.is_contiguous(memory_format=torch.channels_last) for t in (a, b))
 
 
 def hinge_terms(
