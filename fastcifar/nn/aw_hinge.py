@@ -114,8 +114,8 @@ class AdaptiveWeightedHinge:
 
         Like `Tensor.backward` it adds to a `.grad` that is there and frees the graphs. Only the parameters receive
         gradients: neither the generator nor the images do. A parameter that neither loss depends on counts as zero and
-        its `.grad` is left alone. Call D on real and on generated images separately: were both in one batch, each
-        backward pass would walk the whole of it.
+        its `.grad` is left alone (with a process group it becomes zero, as in `DistributedDataParallel`). Call D on
+        real and on generated images separately: were both in one batch, each backward pass would walk the whole of it.
 
         Where a `.grad` is None it becomes a tensor that this object keeps and writes again in the next step, as with
         `DistributedDataParallel(gradient_as_bucket_view=True)`: clone what must outlive the step.
