@@ -99,7 +99,7 @@ class AdaptiveWeightedHinge:
         }
         self.process_group = process_group
         self.impl = impl
-        self._own: dict[torch.Tensor, torch.Tensor] = {}
+        self._own: dict[int, torch.Tensor] = {}
         self._buckets: _Buckets | None = None
         self._counts: dict[tuple, torch.Tensor] = {}
 
@@ -174,17 +174,22 @@ class AdaptiveWeightedHinge:
         return -fake_logits.mean()
 
     def _leave(self, run, parameters, real, fake, weights) -> None:
-        new = [parameter for parameter in parameters if parameter.grad is None]
-        targets = [self._kept(p) if p.grad is None else p.grad for p in parameters]
-        accumulate = [parameter.grad is not None for parameter in parameters]
+        targets, accumulate, fresh = [], [], []
+        for parameter in parameters:
+            target = parameter.grad
+            accumulate.append(target is not None)
+            if target is None:
+                target = self._kept(parameter)
+                fresh.append((parameter, target))
+            targets.append(target)
         run.combine_(targets, real, fake, weights, accumulate=accumulate)
-        for parameter in new:
-            parameter.grad = self._own[parameter]
+        for parameter, target in fresh:
+            parameter.grad = target
 
     def _kept(self, parameter: torch.Tensor) -> torch.Tensor:
-        kept = self._own.get(parameter)
-        if kept is None or kept.device != parameter.device or kept.dtype != parameter.dtype:
-            kept = self._own[parameter] = torch.empty_like(parameter, requires_grad=False)
+        kept = self._own.get(id(parameter))
+        if kept is None or kept.dtype != parameter.dtype or kept.get_device() != parameter.get_device():
+            kept = self._own[id(parameter)] = torch.empty_like(parameter, requires_grad=False)
         return kept
 
     def _check(self, active, real_logits, fake_logits) -> None:

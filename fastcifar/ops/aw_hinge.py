@@ -79,19 +79,24 @@ def gradient_weights(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `fastcifar.reference_aw_hinge.gradient_weights`."""
     module = native.module()
-    pairs, sizes, scalars = [], [], []
+    # `held`: copies must outlive the call.
+    reals, fakes, sizes, scalars, held = [], [], [], [], []
     for real, fake in zip(real_gradients, fake_gradients, strict=True):
-        some = fake if real is None else real
-        if some is None:
-            continue
         if real is None or fake is None:
+            some = fake if real is None else real
+            if some is None:
+                continue
             # Any order of the elements will do, but there must be no gaps.
             if not _same_memory_order(some, some):
                 some = some.contiguous()
             real, fake = (None, some) if real is None else (some, None)
-        elif not _same_memory_order(real, fake):
-            real, fake = real.contiguous(), fake.contiguous()
-        pairs.append((real, fake))
+        else:
+            some = real
+            if not _same_memory_order(real, fake):
+                real, fake = real.contiguous(), fake.contiguous()
+        held.append((real, fake))
+        reals.append(0 if real is None else real.data_ptr())
+        fakes.append(0 if fake is None else fake.data_ptr())
         sizes.append(some.numel())
         scalars.append(_SCALARS[some.dtype])
     chunk = module.aw_hinge_chunk
@@ -100,8 +105,8 @@ def gradient_weights(
     weights = torch.empty(5, dtype=torch.float64, device=terms.device)
     finite = torch.empty((), dtype=torch.bool, device=terms.device)
     module.aw_hinge_weights(
-        [_address(real) for real, _ in pairs],
-        [_address(fake) for _, fake in pairs],
+        reals,
+        fakes,
         sizes,
         scalars,
         terms.data_ptr(),
@@ -131,27 +136,32 @@ def combine_(
     accumulate: Sequence[bool],
 ) -> None:
     """As `fastcifar.reference_aw_hinge.combine_`; a gradient has the dtype of its target, or is float32."""
-    outs, add, reals, fakes = list(targets), list(accumulate), list(real_gradients), list(fake_gradients)
-    copied = []
-    for i, (target, real, fake) in enumerate(zip(outs, reals, fakes, strict=True)):
-        given = [gradient for gradient in (real, fake) if gradient is not None]
-        if all(_same_memory_order(target, gradient) for gradient in given):
-            continue
-        reals[i], fakes[i] = (None if gradient is None else gradient.contiguous() for gradient in (real, fake))
-        if not target.is_contiguous():
-            outs[i] = target.contiguous()
-            copied.append(i)
+    reals, fakes, outs, sizes, sources, scalars, held = [], [], [], [], [], [], []
+    for target, real, fake in zip(targets, real_gradients, fake_gradients, strict=True):
+        out, some = target, fake if real is None else real
+        if not (_same_memory_order(target, some) and (fake is None or _same_memory_order(target, fake))):
+            real = None if real is None else real.contiguous()
+            fake = None if fake is None else fake.contiguous()
+            out = target.contiguous()
+        held.append((out, real, fake))
+        reals.append(0 if real is None else real.data_ptr())
+        fakes.append(0 if fake is None else fake.data_ptr())
+        outs.append(out.data_ptr())
+        sizes.append(out.numel())
+        sources.append(_SCALARS[some.dtype])
+        scalars.append(_SCALARS[out.dtype])
     native.module().aw_hinge_combine(
-        [_address(gradient) for gradient in reals],
-        [_address(gradient) for gradient in fakes],
-        [out.data_ptr() for out in outs],
-        [out.numel() for out in outs],
-        [_SCALARS[(fake if real is None else real).dtype] for real, fake in zip(reals, fakes, strict=True)],
-        [_SCALARS[out.dtype] for out in outs],
-        add,
+        reals,
+        fakes,
+        outs,
+        sizes,
+        sources,
+        scalars,
+        list(accumulate),
         weights.data_ptr(),
         *_place(weights),
         torch.get_num_threads(),
     )
-    for i in copied:
-        targets[i].copy_(outs[i])
+    for target, (out, _, _) in zip(targets, held, strict=True):
+        if out is not target:
+            target.copy_(out)
