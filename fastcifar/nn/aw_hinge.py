@@ -120,6 +120,9 @@ class AdaptiveWeightedHinge:
         Where a `.grad` is None it becomes a tensor that this object keeps and writes again in the next step, as with
         `DistributedDataParallel(gradient_as_bucket_view=True)`: clone what must outlive the step.
 
+        Under torch.compile compile the discriminator, not the function around this call: two calls of it that become
+        one compiled graph cannot be walked twice.
+
         A loss, score or gradient that is not finite makes both weights and hence every `.grad` NaN, and `finite`
         False: nothing is repaired in silence. Skip the optimiser's step where `finite` is False, as `GradScaler.step`
         does by itself.
