@@ -24,8 +24,18 @@ def test_equals_the_separate_operations(shape, with_residual, training, activati
     y = F.batch_norm(x, expected_mean, expected_var, weight, bias, training, 0.2, 1e-3)
     expected = reference.activate(y + residual if with_residual else y, activation, 0.3)
     got = batch_norm_act(
-        x, weight, bias, mean, var, residual, activation=activation, negative_slope=0.3, training=training,
-        momentum=0.2, eps=1e-3, impl="reference",
+        x,
+        weight,
+        bias,
+        mean,
+        var,
+        residual,
+        activation=activation,
+        negative_slope=0.3,
+        training=training,
+        momentum=0.2,
+        eps=1e-3,
+        impl="reference",
     )
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(mean, expected_mean)
@@ -43,9 +53,17 @@ def test_gradcheck_of_the_reference():
     assert torch.autograd.gradcheck(run, (*inputs, residual))
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}, {"eps": 1e-2, "momentum": 0.3},
-], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"affine": False},
+        {"track_running_stats": False},
+        {"momentum": None},
+        {"eps": 1e-2, "momentum": 0.3},
+    ],
+    ids=str,
+)
 def test_module_equals_batch_norm_2d_over_several_steps(options):
     torch.manual_seed(0)
     ours, torchs = BatchNormAct(3, "relu", **options), nn.BatchNorm2d(3, **options)

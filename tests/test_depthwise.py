@@ -147,8 +147,11 @@ BAD_CALLS = [
     ({"x": torch.zeros(2, 5, 7)}, ValueError, r"x must have shape \(N, C, H, W\), got \(2, 5, 7\)"),
     ({"x": torch.zeros(2, 5, 7, 7, dtype=torch.int64)}, TypeError, "x must be floating point, got torch.int64"),
     ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
-    ({"weight": torch.zeros(4, 1, 3, 3, dtype=torch.float64)}, ValueError,
-     r"weight must have shape \(5, 1, K, K\) for an input of 5 channels, got \(4, 1, 3, 3\)"),
+    (
+        {"weight": torch.zeros(4, 1, 3, 3, dtype=torch.float64)},
+        ValueError,
+        r"weight must have shape \(5, 1, K, K\) for an input of 5 channels, got \(4, 1, 3, 3\)",
+    ),
     ({"weight": torch.zeros(5, 1, 3, 3)}, TypeError, "same dtype outside autocast"),
     ({"weight": torch.zeros(5, 1, 9, 9, dtype=torch.float64)}, ValueError, "does not fit an input of"),
     ({"bn_weight": torch.zeros(4)}, ValueError, r"bn_weight must have shape \(5,\)"),
@@ -179,7 +182,8 @@ def test_single_value_per_channel_raises_as_torch_does():
     with pytest.raises(ValueError) as torchs:
         F.batch_norm(torch.zeros(1, 5, 1, 1), None, None, training=True)
     assert str(ours.value).replace("torch.Size(", "").rstrip(")") == str(torchs.value).replace(
-        "torch.Size(", "").rstrip(")")
+        "torch.Size(", ""
+    ).rstrip(")")
 
 
 def test_module_refuses_bad_options():

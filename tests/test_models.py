@@ -44,14 +44,18 @@ def test_modify_resnet_output():
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 5)
 
 
-@pytest.mark.parametrize("options", [
-    {"width": 0.5},
-    {"strides": (1, 1, 2, 1)},
-    {"activation": "silu"},
-    {"activation": "leaky_relu"},
-    {"block": "inverted-residual"},
-    {"impl": "reference"},
-], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"width": 0.5},
+        {"strides": (1, 1, 2, 1)},
+        {"activation": "silu"},
+        {"activation": "leaky_relu"},
+        {"block": "inverted-residual"},
+        {"impl": "reference"},
+    ],
+    ids=str,
+)
 def test_ds_resnet_options_change_the_network_and_it_runs(options):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 32, 32)
@@ -90,18 +94,21 @@ def test_unknown_names_get_the_nearest_match():
         count_parameters(torch.nn.Linear(1, 1), "tensorflow")
 
 
-@pytest.mark.parametrize(("name", "options", "message"), [
-    ("ds_resnet", {"width": 0}, "width must be > 0"),
-    ("ds_resnet", {"strides": (1, 2)}, "4 widths"),
-    ("ds_resnet", {"strides": (1, 2, 2, 0)}, "strides must be ints"),
-    ("ds_resnet", {"activation": "gelu"}, "unknown activation 'gelu'"),
-    ("ds_resnet", {"block": "bottleneck"}, "unknown block"),
-    ("ds_resnet", {"impl": "cuda"}, "unknown impl"),
-    ("small_filters_cnn", {"widths": (8, 16)}, "three ints"),
-    ("modify_resnet", {"dropout": 1.0}, r"\[0, 1\)"),
-    ("resnet_cifar10", {"logit_scale": 0.0}, "logit_scale must be > 0"),
-    ("ds_resnet", {"num_classes": 0}, "num_classes must be an int ≥ 1"),
-])
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("ds_resnet", {"width": 0}, "width must be > 0"),
+        ("ds_resnet", {"strides": (1, 2)}, "4 widths"),
+        ("ds_resnet", {"strides": (1, 2, 2, 0)}, "strides must be ints"),
+        ("ds_resnet", {"activation": "gelu"}, "unknown activation 'gelu'"),
+        ("ds_resnet", {"block": "bottleneck"}, "unknown block"),
+        ("ds_resnet", {"impl": "cuda"}, "unknown impl"),
+        ("small_filters_cnn", {"widths": (8, 16)}, "three ints"),
+        ("modify_resnet", {"dropout": 1.0}, r"\[0, 1\)"),
+        ("resnet_cifar10", {"logit_scale": 0.0}, "logit_scale must be > 0"),
+        ("ds_resnet", {"num_classes": 0}, "num_classes must be an int ≥ 1"),
+    ],
+)
 def test_bad_options_are_named(name, options, message):
     with pytest.raises(ValueError, match=message):
         create_model(name, **options)

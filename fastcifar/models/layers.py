@@ -22,6 +22,7 @@ class Activation(nn.Module):
         return reference.activate(x, self.name)
 
     def extra_repr(self) -> str:
+        """The name, as `print(model)` shows it."""
         return self.name
 
 

@@ -37,10 +37,7 @@ class ResNetCIFAR10(nn.Module):
             raise ValueError(f"resnet_cifar10: logit_scale must be > 0, got {logit_scale!r}")
         self.stem = ConvBNAct(3, widths[0], 3, 1, activation)
         self.stages = nn.Sequential(
-            *(
-                PooledStage(widths[i], widths[i + 1], activation, residual=i != 1)
-                for i in range(3)
-            )
+            *(PooledStage(widths[i], widths[i + 1], activation, residual=i != 1) for i in range(3))
         )
         self.fc = nn.Linear(widths[-1], num_classes, bias=False)
         self.logit_scale = logit_scale

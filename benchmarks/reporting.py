@@ -1,0 +1,84 @@
+"""What every measurement records: machine, versions, date, command; tables and JSON; fair timing of alternatives."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import pathlib
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fastcifar.training import environment
+
+RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+
+
+def circumstances() -> dict[str, Any]:
+    """Device, processor, versions, date and command."""
+    facts: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "command": " ".join(["python -m " + (__main__name() or sys.argv[0]), *sys.argv[1:]]),
+        "processor": environment.processor_name(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def __main__name() -> str | None:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name.removesuffix(".__main__") if spec else None
+
+
+def interleaved(alternatives: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 2) -> dict[str, float]:
+    """Median seconds of each alternative, called in turns so that a noisy machine treats them alike."""
+    times: dict[str, list[float]] = {name: [] for name in alternatives}
+    for number in range(warmup + rounds):
+        for name, call in alternatives.items():
+            started = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number >= warmup:
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of equal keys as an aligned text table; numbers to the right."""
+    names = list(rows[0])
+    cells = [[_text(row[name]) for name in names] for row in rows]
+    widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(names)]
+    right = [all(isinstance(row[name], (int, float)) or row[name] is None for row in rows) for name in names]
+
+    def line(parts: Sequence[str]) -> str:
+        aligned = (p.rjust(w) if r else p.ljust(w) for p, w, r in zip(parts, widths, right, strict=True))
+        return "  ".join(aligned).rstrip()
+
+    return "\n".join([line(names), line(["-" * width for width in widths]), *map(line, cells)])
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def save(name: str, content: Mapping[str, Any], folder: pathlib.Path | None = None) -> pathlib.Path:
+    """Writes `name`.json with the circumstances into `benchmarks/results` or another folder; returns its path."""
+    folder = RESULTS if folder is None else folder
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"circumstances": circumstances(), **content}, indent=1) + "\n")
+    return path

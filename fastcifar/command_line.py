@@ -1,0 +1,73 @@
+"""What all command lines share: one line of error with the fix and exit status 2, never a traceback for a mistake."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from fastcifar import validation
+
+USAGE_ERROR = 2
+
+
+class UsageError(ValueError):
+    """A user's mistake; the message is all that is shown."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that names the nearest flag instead of printing its usage."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of printing the usage."""
+        raise UsageError(message)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As in argparse; an unknown flag's error names the nearest known one."""
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = validation.nearest_match(unknown[0].split("=")[0], flags)
+            hint = f"; did you mean {near}?" if near else " (see --help)"
+            raise UsageError(f"unknown argument {unknown[0]!r}{hint}")
+        return known
+
+
+def whole_number(text: str) -> int:
+    """An int from a command line; 10_000 and 1e4 are numbers too."""
+    try:
+        value = float(text.replace("_", ""))
+        if value.is_integer():
+            return int(value)
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+
+
+def number(text: str) -> float:
+    """A float from a command line."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def run(name: str, main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs `main(arguments)` and exits with its status; a `ValueError` or `OSError` becomes one line and status 2."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        status = main(arguments)
+    except (ValueError, OSError) as error:
+        if "--debug" in arguments:
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"{name}: error: {message}", file=sys.stderr)
+        status = USAGE_ERROR
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)

@@ -1,0 +1,90 @@
+"""Your own images: a folder of class folders, or an .npz file."""
+
+from __future__ import annotations
+
+import pathlib
+import zipfile
+
+import numpy
+
+from fastcifar.data.dataset import DataError, ImageDataset
+
+_SIDE = 32
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff")
+
+
+def read_folder(path: pathlib.Path) -> ImageDataset:
+    """`PATH/train/CLASS/*.png` and `PATH/test/CLASS/*.png` (or `val`); other sizes are resized to 32×32.
+
+    Raises:
+        DataError: folders are missing, empty or differ in their classes, or an image cannot be read.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise DataError(f"folder:{path}: needs Pillow ({error}); run `pip install Pillow`") from error
+    train = path / "train"
+    test = next((path / name for name in ("test", "val") if (path / name).is_dir()), None)
+    if not train.is_dir() or test is None:
+        raise DataError(f"folder:{path}: must hold the folders train/ and test/ (or val/), each with a folder a class")
+    names = sorted(p.name for p in train.iterdir() if p.is_dir())
+    others = sorted(p.name for p in test.iterdir() if p.is_dir())
+    if names != others or not names:
+        odd = sorted(set(names) ^ set(others))[:3]
+        raise DataError(f"folder:{path}: train/ and {test.name}/ must hold the same classes (differ in: {odd})")
+    arrays, sizes = [], set()
+    for root in (train, test):
+        images, labels = [], []
+        for label, name in enumerate(names):
+            for file in sorted((root / name).iterdir()):
+                if file.suffix.lower() in _SUFFIXES:
+                    image, size = _read_image(Image, file)
+                    images.append(image)
+                    labels.append(label)
+                    sizes.add(size)
+        if not images:
+            raise DataError(f"folder:{path}: {root.name}/ holds no images ({', '.join(_SUFFIXES)})")
+        arrays += [numpy.stack(images), numpy.array(labels, numpy.int64)]
+    odd_sizes = sizes - {(_SIDE, _SIDE)}
+    notices = (f"images of {len(odd_sizes)} other sizes were resized to {_SIDE}×{_SIDE}",) if odd_sizes else ()
+    return ImageDataset(f"folder:{path}", *arrays, tuple(names), source=str(path), notices=notices)
+
+
+def _read_image(pillow, file: pathlib.Path) -> tuple[numpy.ndarray, tuple[int, int]]:
+    try:
+        with pillow.open(file) as opened:
+            size = opened.size
+            image = opened.convert("RGB")
+            if size != (_SIDE, _SIDE):
+                image = image.resize((_SIDE, _SIDE), pillow.Resampling.BOX if min(size) > _SIDE else None)
+            return numpy.asarray(image, numpy.uint8), size
+    except Exception as error:  # Pillow's decoders raise whatever they meet
+        raise DataError(f"{file}: cannot be read as an image ({error}); repair or remove it") from error
+
+
+def read_npz(path: pathlib.Path) -> ImageDataset:
+    """An .npz with train_images, test_images (uint8 [N, H, W, 3]), train_labels, test_labels (integers [N]) and
+    optionally class_names (texts).
+
+    Raises:
+        DataError: the file or one of its arrays is missing, of another kind, or pickled.
+    """
+    try:
+        with numpy.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"npz:{path}: cannot be read ({error}); write it with numpy.savez") from error
+    wanted = ("train_images", "train_labels", "test_images", "test_labels")
+    missing = [name for name in wanted if name not in arrays]
+    if missing:
+        raise DataError(f"npz:{path}: lacks {', '.join(missing)} (it holds: {', '.join(arrays) or 'nothing'})")
+    for name in ("train_labels", "test_labels"):
+        if arrays[name].dtype.kind not in "iu":
+            raise DataError(f"npz:{path}: {name} must be integers, got {arrays[name].dtype}")
+        arrays[name] = arrays[name].astype(numpy.int64)
+    if "class_names" in arrays:
+        names = tuple(str(name) for name in arrays["class_names"])
+    else:
+        highest = max((int(arrays[name].max()) for name in wanted if "labels" in name and arrays[name].size), default=0)
+        names = tuple(f"class {label}" for label in range(highest + 1))
+    return ImageDataset(f"npz:{path}", *(arrays[name] for name in wanted), names, source=str(path))

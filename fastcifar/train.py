@@ -1,0 +1,262 @@
+"""`python -m fastcifar.train`: trains a network on CIFAR-100, CIFAR-10 or your own images."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+_STARTED = time.perf_counter()
+
+import torch  # noqa: E402
+
+from fastcifar import command_line, data, models  # noqa: E402
+from fastcifar.training import checkpoint, distributed, environment, loop, recipe, run_folder, trackers  # noqa: E402
+from fastcifar.training.classify import Classification, load_weights  # noqa: E402
+from fastcifar.training.curves import draw_curves  # noqa: E402
+from fastcifar.training.options import Recipe, flag, options  # noqa: E402
+from fastcifar.training.progress import format_duration, reporter  # noqa: E402
+
+_RUNS = pathlib.Path("runs")
+_NOT_FINITE, _SAVE_FAILED = 3, 4
+
+
+def _parser() -> command_line.Parser:
+    parser = command_line.Parser(
+        prog="python -m fastcifar.train",
+        description="Trains a network. The last line printed is the result, one JSON object.",
+    )
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of options; flags win over it")
+    parser.add_argument("-n", "--dry-run", action="store_true", help="show configuration, size and time, train nothing")
+    kinds = {int: command_line.whole_number, float: command_line.number, str: str}
+    groups: dict[str, Any] = {}
+    for option in options():
+        group = option.metadata["group"]
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        names = ["-b", flag(option.name)] if option.name == "batch_size" else [flag(option.name)]
+        settings: dict[str, Any] = {"dest": option.name, "default": None, "help": option.metadata["help"]}
+        if option.metadata["kind"] is bool:
+            settings["action"] = "store_true"
+        else:
+            settings |= {"type": kinds[option.metadata["kind"]], "metavar": option.name.upper().split("_")[-1]}
+            if "choices" in option.metadata:
+                settings["help"] += f": {', '.join(option.metadata['choices'])}"
+        groups[group].add_argument(*names, **settings)
+    groups["what"].add_argument(
+        "--model-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the network, such as activation=silu or strides=1,1,2,2; may be repeated",
+    )
+    return parser
+
+
+def _value(text: str) -> Any:
+    """A model option's value as typed: a number, true or false, a list with commas, or a text."""
+    if "," in text:
+        return [_value(part) for part in text.split(",") if part]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _flags(arguments: Any) -> dict[str, Any]:
+    given = {o.name: getattr(arguments, o.name) for o in options() if getattr(arguments, o.name) is not None}
+    model_options = {}
+    for text in arguments.model_option:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise command_line.UsageError(f"--model-option must be NAME=VALUE, got {text!r}")
+        model_options[name] = _value(value)
+    if model_options:
+        given["model_options"] = model_options
+    return given
+
+
+def _resolve(arguments: Any, has_gpu: bool) -> tuple[Recipe, checkpoint.Checkpoint | None]:
+    """The recipe, and the checkpoint to go on from; a resumed run brings its own options along."""
+    flags = _flags(arguments)
+    config = recipe.read_config(arguments.config) if arguments.config else {}
+    resume = flags.get("resume", config.get("resume"))
+    if resume is None:
+        return recipe.resolve(flags, config, has_gpu=has_gpu), None
+    if resume == "auto":
+        fresh = recipe.resolve(flags, config, has_gpu=has_gpu)
+        place = pathlib.Path(fresh.output) if fresh.output else run_folder.newest_folder(_RUNS, _folder_name(fresh))
+        if not checkpoint.list_checkpoints(place / "checkpoints"):
+            print(f"--resume auto: no checkpoint in {place}, starting from the beginning", flush=True)
+            return dataclasses.replace(fresh, output=str(place)), None
+    else:
+        place = pathlib.Path(resume)
+    saved = checkpoint.find(place, notify=lambda text: print(f"WARNING: {text}", file=sys.stderr))
+    old = loop.read_config(saved)
+    wanted = recipe.resolve({**flags, "resume": resume}, {**old, **config, "init_weights": None}, has_gpu=has_gpu)
+    changed = recipe.differences(old, dataclasses.asdict(wanted))
+    if changed:
+        raise command_line.UsageError(
+            f"{saved.path} belongs to a run with other options ({'; '.join(changed)}); drop these flags, or start a "
+            "new run with another --output"
+        )
+    if not arguments.output:
+        wanted = dataclasses.replace(wanted, output=str(checkpoint.run_folder(saved.path)))
+    return wanted, saved
+
+
+def _folder_name(chosen: Recipe) -> str:
+    kind = "".join(c if c.isalnum() else "-" for c in chosen.dataset)
+    return f"{chosen.model}-{kind}-{chosen.preset}-seed{chosen.seed}"
+
+
+def _place(chosen: Recipe, saved: checkpoint.Checkpoint | None) -> pathlib.Path:
+    if chosen.output is None:
+        return run_folder.new_folder(_RUNS, _folder_name(chosen))
+    place = pathlib.Path(chosen.output)
+    if place.exists() and not place.is_dir():
+        raise command_line.UsageError(f"--output {place} is a file; give a folder")
+    if saved is None and (found := checkpoint.list_checkpoints(place / "checkpoints")):
+        raise command_line.UsageError(
+            f"--output {place} already holds a run ({found[0].name}); pass --resume auto to go on with it, or choose "
+            "another folder"
+        )
+    return place
+
+
+def _check(chosen: Recipe) -> None:
+    """All that can be checked before any data is read."""
+    models.create_model(chosen.model, **chosen.model_options)
+    trackers.check(chosen)
+
+
+def _dry_run(chosen: Recipe, task: Classification) -> int:
+    shown = {key: value for key, value in dataclasses.asdict(chosen).items() if value is not None}
+    for key, value in shown.items():
+        print(f"{key}: {json.dumps(value)}")
+    print(f"parameters: {models.count_parameters(task.model)}")
+    times: list[float] = []
+    while len(times) < 2 or (len(times) < 8 and sum(times) < 10.0):
+        started = time.perf_counter()
+        task.train_step(len(times))
+        if task.device.type == "cuda":
+            torch.cuda.synchronize(task.device)
+        times.append(time.perf_counter() - started)
+    step = sorted(times[1:])[len(times[1:]) // 2]
+    print(f"estimated time: {format_duration(step * chosen.steps)} ({1000 * step:.1f} ms a step on {task.device})")
+    return 0
+
+
+def _result(task: Classification, train_loop: loop.Loop, started_at: int) -> dict[str, Any]:
+    chosen, dataset = task.recipe, task.dataset
+    test, train = task.evaluate("test"), task.evaluate("train")
+    result = {
+        "model": chosen.model,
+        "dataset": dataset.name,
+        "synthetic": dataset.synthetic,
+        "preset": chosen.preset,
+        "seed": chosen.seed,
+        "steps": train_loop.step,
+        "batch_size": chosen.batch_size,
+        "seconds": round(train_loop.seconds, 3),
+        "images_per_second": round(train_loop.step * chosen.batch_size / max(train_loop.seconds, 1e-9), 1),
+        "train_accuracy": round(train.accuracy, 4),
+        "test_accuracy": round(test.accuracy, 4),
+        "train_loss": round(train.loss, 6),
+        "test_loss": round(test.loss, 6),
+    }
+    if chosen.tta:
+        result["test_accuracy_tta"] = round(task.evaluate("test", tta=True).accuracy, 4)
+    return result | {
+        "parameters": models.count_parameters(task.model),
+        "amp_dtype": str(task.amp_dtype).removeprefix("torch."),
+        "device": str(task.device),
+        "skipped_steps": int(task.update.bad_steps),
+        "resumed_at": started_at,
+        "notices": list(dataset.notices),
+        "state_sha256": checkpoint.state_sha256(task.network_tensors()),
+    }
+
+
+def _train(task: Classification, train_loop: loop.Loop, folder: run_folder.RunFolder | None) -> int:
+    """Runs the loop and writes the result; the exit status."""
+    started_at, progress = train_loop.step, train_loop.progress
+    try:
+        if not task.recipe.eval_only:
+            train_loop.run()
+        result = _result(task, train_loop, started_at)
+    except loop.Stopped as stopped:
+        progress.close()
+        progress.message(str(stopped))
+        return 128 + (stopped.signal or signal.SIGTERM)
+    except (loop.NotFinite, loop.SaveFailed) as failure:
+        progress.close()
+        print(f"python -m fastcifar.train: error: {failure}", file=sys.stderr)
+        return _NOT_FINITE if isinstance(failure, loop.NotFinite) else _SAVE_FAILED
+    finally:
+        progress.close()
+    if folder is not None:
+        if not task.recipe.eval_only:
+            title = f"{result['model']} on {result['dataset']}, preset {result['preset']}, seed {result['seed']}"
+            missing = draw_curves(folder.rows, folder.path / "curves.png", title)
+            if missing:
+                progress.message(missing)
+        run_folder.write_json(folder.path / "result.json", result)
+        print(json.dumps(result), flush=True)
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Trains as the arguments say; returns the exit status.
+
+    Raises:
+        ValueError, OSError: a mistake of the user; the message says what to do.
+    """
+    parsed = _parser().parse_args(arguments)
+    chosen, saved = _resolve(parsed, torch.cuda.is_available())
+    _check(chosen)
+    processes = distributed.from_environment()
+    device = environment.choose_device(chosen.device, processes.local_rank)
+    place = _place(chosen, saved)
+    source = checkpoint.find(chosen.init_weights, notify=print) if chosen.init_weights else None
+    settings = environment.prepare_process(device, deterministic=chosen.deterministic)
+    dataset = data.load_dataset(chosen.dataset, chosen.data_dir, download=not parsed.dry_run, seed=0)
+    chosen = recipe.with_budget(chosen, len(dataset.train_images))
+    distributed.join(processes, device)
+    try:
+        task = Classification(chosen, dataset, device, processes)
+        if source is not None:
+            load_weights(task.model, source)
+            task.restart_average()
+        if parsed.dry_run:
+            return _dry_run(chosen, task)
+        folder = run_folder.RunFolder(place, saved.step if saved else 0) if processes.is_first else None
+        progress = reporter(chosen.steps, folder.log if folder is not None else None)
+        for notice in dataset.notices:
+            progress.message(notice)
+        train_loop = loop.Loop(task, folder, progress, processes)
+        if saved is not None:
+            train_loop.resume(saved)
+        if folder is not None:
+            settings["startup_seconds"] = round(time.perf_counter() - _STARTED, 2)
+            config = dataclasses.asdict(chosen)
+            folder.describe(config, environment.describe(device, settings))
+            folder.trackers = trackers.open_trackers(chosen, place, config)
+            progress.message(
+                f"{chosen.model} ({models.count_parameters(task.model):,} parameters) on {dataset.source}; preset "
+                f"{chosen.preset}, {chosen.steps} steps × {chosen.batch_size}, {device}; run in {place}"
+            )
+        return _train(task, train_loop, folder)
+    finally:
+        distributed.leave()
+
+
+if __name__ == "__main__":
+    command_line.run("python -m fastcifar.train", main)

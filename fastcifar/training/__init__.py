@@ -1,0 +1,1 @@
+"""Loops, recipes, checkpoints and logs."""

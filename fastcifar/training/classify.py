@@ -1,0 +1,245 @@
+"""Classification: the network, one training step, and the state that a checkpoint holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastcifar import data, models
+from fastcifar.training import distributed, environment, evaluation, schedule
+from fastcifar.training.checkpoint import Checkpoint, CheckpointError
+from fastcifar.training.ema import WeightAverage
+from fastcifar.training.optimisers import GuardedStep, build_optimiser
+from fastcifar.training.options import Recipe
+
+
+def build_model(recipe: Recipe, dataset: data.ImageDataset) -> nn.Module:
+    """The recipe's network with the weights of its seed, on the CPU.
+
+    Raises:
+        ValueError: an unknown model, option or implementation.
+    """
+    torch.manual_seed(recipe.seed)
+    model = models.create_model(recipe.model, num_classes=dataset.num_classes, **recipe.model_options)
+    for module in model.modules():
+        if hasattr(module, "impl"):
+            module.impl = recipe.impl
+    return model
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Puts a checkpoint's network (its averaged weights, where it has them) into the model.
+
+    Raises:
+        CheckpointError: it belongs to another network; the message names the first difference.
+    """
+    tensors = {name.removeprefix("ema."): t for name, t in checkpoint.tensors.items() if name.startswith("ema.")}
+    if not tensors:
+        tensors = {n.removeprefix("model."): t for n, t in checkpoint.tensors.items() if n.startswith("model.")}
+    expected = model.state_dict()
+    for name in sorted({*expected, *tensors}):
+        if name not in tensors or name not in expected:
+            where = "the checkpoint lacks" if name not in tensors else "the network has no"
+            raise CheckpointError(f"{checkpoint.path} holds another network: {where} {name!r}; check --model")
+        if expected[name].shape != tensors[name].shape:
+            raise CheckpointError(
+                f"{checkpoint.path} holds another network: {name!r} has shape {tuple(tensors[name].shape)} there and "
+                f"{tuple(expected[name].shape)} here; check --model, its options and the data set's classes"
+            )
+    model.load_state_dict(tensors)
+
+
+class Classification:
+    """A network in training; every step is a pure function of the state and the step's number.
+
+    Args:
+        recipe: with its budget resolved.
+        dataset: images and labels.
+        device: of the network and the resident images.
+        processes: those that share each global batch.
+
+    Raises:
+        ValueError: options that do not fit together, the data set or the number of processes.
+    """
+
+    def __init__(
+        self, recipe: Recipe, dataset: data.ImageDataset, device: torch.device, processes: distributed.Processes
+    ):
+        if recipe.batch_size % processes.world_size:
+            raise ValueError(
+                f"--batch-size {recipe.batch_size} is not a multiple of the {processes.world_size} processes"
+            )
+        self.recipe, self.dataset, self.device, self.processes = recipe, dataset, device, processes
+        self.amp_dtype = environment.DTYPES[environment.choose_amp_dtype(recipe.amp_dtype, device)]
+        self.model = build_model(recipe, dataset).to(device=device, memory_format=torch.channels_last)
+        self.ema = WeightAverage(self.model, recipe.model_ema_decay) if recipe.model_ema_decay else None
+        self.optimiser = build_optimiser(recipe, self.model)
+        fp16 = self.amp_dtype == torch.float16
+        self.update = GuardedStep(self.optimiser, recipe.clip_grad, device, fp16)
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.seen = 0
+        self._has_dropout = any(isinstance(m, nn.modules.dropout._DropoutNd) for m in self.model.modules())
+        self._forward: Any = self.model
+        if processes.world_size > 1:
+            distributed.synchronise_statistics(self.model)
+            self._forward = nn.parallel.DistributedDataParallel(
+                self.model, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        if recipe.compile:
+            self._forward = torch.compile(self._forward)
+        self.loader = self._build_loader()
+
+    def _build_loader(self) -> data.ResidentLoader:
+        recipe, dataset = self.recipe, self.dataset
+        augmentation = data.Augmentation(
+            crop_pad=recipe.crop_pad,
+            crop_mode=recipe.crop_mode,
+            hflip=recipe.hflip,
+            color_jitter=recipe.color_jitter,
+            cutout=recipe.cutout,
+            mixup=recipe.mixup,
+            cutmix=recipe.cutmix,
+        )
+        return data.ResidentLoader(
+            dataset.train_images,
+            dataset.train_labels,
+            batch_size=recipe.batch_size,
+            num_classes=dataset.num_classes,
+            seed=recipe.seed,
+            augmentation=augmentation,
+            mean=dataset.mean,
+            std=dataset.std,
+            device=self.device,
+            dtype=self.amp_dtype,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """That of a 0-based step."""
+        recipe = self.recipe
+        return recipe.lr * schedule.factor(recipe.sched, step, recipe.steps, recipe.warmup_steps)
+
+    def train_step(self, step: int) -> None:
+        """Trains on the global batch of this 0-based step."""
+        batch = self.loader.batch(step)
+        if self._has_dropout:
+            torch.manual_seed((self.recipe.seed * 1_000_003 + step) * 4_096 + self.processes.rank)
+        amp = self.amp_dtype != torch.float32
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=amp, cache_enabled=True):
+            logits = self._forward(batch.images)
+        loss = self._loss(logits.float(), batch)
+        self.update(loss, step, self.learning_rate(step))
+        if self.ema is not None:
+            self.ema.update(step)
+        self.loss_sum += loss.detach() * len(batch.labels)
+        self.correct += (logits.detach().argmax(1) == batch.labels).sum()
+        self.seen += len(batch.labels)
+
+    def _loss(self, logits: torch.Tensor, batch: data.Batch) -> torch.Tensor:
+        smoothing = self.recipe.label_smoothing
+        if batch.partner_labels is None:
+            return F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
+        own = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=smoothing)
+        partner = F.cross_entropy(logits, batch.partner_labels, reduction="none", label_smoothing=smoothing)
+        return torch.lerp(own, partner, batch.partner_weight.to(own.dtype)).mean()
+
+    def restart_average(self) -> None:
+        """Lets the averaged weights begin at the network's present ones."""
+        if self.ema is not None:
+            self.ema.model.load_state_dict(self.model.state_dict())
+
+    def take_averages(self) -> dict[str, float]:
+        """Mean loss and accuracy (percent) over the batches since the last call, of all processes."""
+        sums = torch.stack([self.loss_sum, self.correct.double(), self.loss_sum.new_tensor(float(self.seen))])
+        loss, correct, seen = self.processes.sum(sums).tolist()
+        self.loss_sum.zero_()
+        self.correct.zero_()
+        self.seen = 0
+        return {"train_loss": loss / max(seen, 1.0), "train_accuracy": 100.0 * correct / max(seen, 1.0)}
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated: the averaged one where there is one."""
+        return self.model if self.ema is None else self.ema.model
+
+    def evaluate(self, split: str, *, tta: bool = False) -> evaluation.Evaluation:
+        """Loss and accuracy over the "train" or "test" images, un-augmented."""
+        return evaluation.evaluate_split(
+            self.evaluated, self.dataset, split, device=self.device, amp_dtype=self.amp_dtype, tta=tta
+        )
+
+    def network_tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor of the network and of its average."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        if self.ema is not None:
+            tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.model.state_dict().items()}
+        return tensors
+
+    def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """In the optimiser's order."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return [(names[p], p) for group in self.optimiser.param_groups for p in group["params"]]
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """All that the next steps depend on: tensors by name, and JSON values."""
+        tensors = self.network_tensors()
+        parameters = self._named_parameters()
+        for index, values in self.optimiser.state_dict()["state"].items():
+            for key, value in values.items():
+                if value is not None:
+                    tensors[f"optimiser.{parameters[index][0]}.{key}"] = torch.as_tensor(value)
+        tensors |= {"progress.loss_sum": self.loss_sum, "progress.correct": self.correct}
+        tensors |= {"progress.bad_steps": self.update.bad_steps, "progress.first_bad": self.update.first_bad}
+        scaler = self.update.scaler.state_dict() if self.update.scaler else None
+        return tensors, {"seen": self.seen, "scaler": scaler}
+
+    def load_state(self, checkpoint: Checkpoint) -> None:
+        """Takes over everything of a checkpoint of the same recipe.
+
+        Raises:
+            CheckpointError: it belongs to another network or optimiser.
+        """
+        expected, _ = self.state()
+        tensors = checkpoint.tensors
+        missing = sorted(name for name in expected if name not in tensors)
+        if missing:
+            raise CheckpointError(f"{checkpoint.path} lacks {missing[0]!r}; it is of another recipe")
+        parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "ema": {}, "optimiser": {}, "progress": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        self.model.load_state_dict(parts["model"])
+        if self.ema is not None:
+            self.ema.model.load_state_dict(parts["ema"])
+        self._load_optimiser(parts["optimiser"])
+        progress = parts["progress"]
+        self.loss_sum.copy_(progress["loss_sum"])
+        self.correct.copy_(progress["correct"])
+        self.update.bad_steps.copy_(progress["bad_steps"])
+        self.update.first_bad.copy_(progress["first_bad"])
+        self.seen = checkpoint.state["seen"]
+        if self.update.scaler:
+            self.update.scaler.load_state_dict(checkpoint.state["scaler"])
+
+    def _load_optimiser(self, tensors: dict[str, torch.Tensor]) -> None:
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for index, (name, parameter) in enumerate(self._named_parameters()):
+            prefix = name + "."
+            found = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+            values = {key: _laid_out_as(parameter, t) for key, t in found.items() if "." not in key}
+            if values:
+                state[index] = values
+        groups = self.optimiser.state_dict()["param_groups"]
+        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _laid_out_as(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A fused optimiser walks parameter and state by address, so their strides must agree."""
+    if tensor.shape != parameter.shape:
+        return tensor
+    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)

@@ -1,0 +1,74 @@
+"""Optimisers with the decay where it belongs, and a step that spares the weights when a gradient is not finite."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastcifar.training.options import Recipe
+
+
+def build_optimiser(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
+    """The recipe's optimiser; weight decay acts on parameters of two or more dimensions, not on norms and biases."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if recipe.opt == "sgd":
+        nesterov = recipe.momentum > 0
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov, fused=True)
+    kind = torch.optim.Adam if recipe.opt == "adam" else torch.optim.AdamW
+    return kind(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=True)
+
+
+class GuardedStep:
+    """Backward, unscaling, clipping and the optimiser's step, with no synchronisation between host and device.
+
+    The weights stay as they are when a gradient is not finite; `bad_steps` counts such steps and `first_bad` is the
+    first of them (−1: none), both int64 tensors on the device.
+
+    Args:
+        optimiser: a fused one.
+        clip_grad: largest gradient norm, 0 for no limit.
+        fp16: scale the loss, as gradients below 6e-8 vanish in float16.
+    """
+
+    def __init__(self, optimiser: torch.optim.Optimizer, clip_grad: float, device: torch.device, fp16: bool):
+        self.optimiser = optimiser
+        self.clip_grad = clip_grad
+        self.scaler = torch.amp.GradScaler(device.type) if fp16 else None
+        self.bad_steps = torch.zeros((), dtype=torch.int64, device=device)
+        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self._parameters = [p for group in optimiser.param_groups for p in group["params"]]
+
+    def __call__(self, loss: torch.Tensor, step: int, learning_rate: float) -> None:
+        """One update for a scalar loss."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.scaler is None:
+            loss.backward()
+        else:
+            self.scaler.scale(loss).backward()
+            self.scaler.unscale_(self.optimiser)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        finite = torch.isfinite(norm)
+        if self.clip_grad:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self.clip_grad, norm, foreach=True)
+        if self.scaler is None:
+            self._record(~finite, step)
+            self.optimiser.grad_scale = None
+            self.optimiser.found_inf = (~finite).to(torch.float32)
+            self.optimiser.step()
+        else:
+            # The scaler skips overflows by itself and then lowers its scale; only a bad loss is an error here.
+            self._record(~torch.isfinite(loss.detach()), step)
+            self.scaler.step(self.optimiser)
+            self.scaler.update()
+
+    def _record(self, bad: torch.Tensor, step: int) -> None:
+        self.bad_steps += bad
+        self.first_bad.copy_(torch.where(bad & (self.first_bad < 0), step, self.first_bad))

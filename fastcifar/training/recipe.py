@@ -1,0 +1,137 @@
+"""From presets, configuration files and flags to one complete `Recipe`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from fastcifar import models, validation
+from fastcifar.training.options import Recipe, flag
+
+# The published recipe gives no strength for its colour jitter; 0.1 is ours.
+_SEED = {
+    "steps": 10_000, "batch_size": 512, "opt": "adam", "lr": 1e-3, "weight_decay": 0.0, "sched": "constant",
+    "warmup_steps": 0, "crop_pad": 4, "crop_mode": "zero", "hflip": "random", "color_jitter": 0.1,
+}  # fmt: skip
+_FAST = {
+    "steps": 10_000, "batch_size": 512, "opt": "sgd", "lr": 0.8, "weight_decay": 5e-4, "sched": "linear",
+    "crop_pad": 4, "hflip": "alternating",
+}  # fmt: skip
+_DEMO = {
+    "steps": 1_600, "batch_size": 128, "opt": "sgd", "lr": 0.4, "weight_decay": 5e-4, "sched": "linear",
+    "hflip": "alternating",
+}  # fmt: skip
+PRESETS: Mapping[str, Mapping[str, Any]] = {"seed": _SEED, "fast": _FAST, "demo": _DEMO}
+
+# A small plain network without batch norm diverges at the rates that the others learn fastest with.
+_BY_MODEL = {"small_filters_cnn": {"fast": {"lr": 0.1}, "demo": {"lr": 0.1}}}
+_WARMUP_SHARE = {"constant": 0.0, "cosine": 0.05, "linear": 0.2, "onecycle": 0.3}
+
+
+def resolve(flags: Mapping[str, Any], config: Mapping[str, Any] | None = None, *, has_gpu: bool) -> Recipe:
+    """One recipe out of, in rising priority: defaults, preset, configuration file, flags.
+
+    Args:
+        flags: options given on the command line, by field name of `Recipe`.
+        config: options from a configuration file.
+        has_gpu: what the preset "auto" rests on.
+
+    Returns:
+        A recipe whose preset is a real one; `steps` stays None where `epochs` is given.
+
+    Raises:
+        ValueError: an unknown option, preset or model, a value out of range, or options that exclude each other.
+    """
+    config = dict(config or {})
+    names = [f.name for f in dataclasses.fields(Recipe)]
+    for key in config:
+        validation.choose("option in the configuration file", key, names)
+    given = {**config, **flags}
+    if flags.get("steps") is not None or flags.get("epochs") is not None:
+        other = "epochs" if flags.get("steps") is not None else "steps"
+        if flags.get(other) is None:
+            given.pop(other, None)
+    if given.get("steps") is not None and given.get("epochs") is not None:
+        raise ValueError(f"--steps {given['steps']} and --epochs {given['epochs']} exclude each other; give one")
+    preset = given.get("preset", "auto")
+    if preset == "auto":
+        preset = "fast" if has_gpu else "demo"
+    validation.choose("--preset", preset, PRESETS)
+    model = validation.choose("model", given.get("model", Recipe.model), models.list_models())
+    base = {**PRESETS[preset], **_BY_MODEL.get(model, {}).get(preset, {})}
+    if given.get("epochs") is not None:
+        base.pop("steps")
+    recipe = Recipe(**{**base, **given, "preset": preset})
+    _check_together(recipe)
+    return recipe
+
+
+def _check_together(recipe: Recipe) -> None:
+    if recipe.resume and recipe.init_weights:
+        raise ValueError("--resume continues a whole run and --init-weights starts a new one; give one of them")
+    if recipe.eval_only and not (recipe.resume or recipe.init_weights):
+        raise ValueError("--eval-only needs weights: give --resume or --init-weights")
+    if recipe.mixup and recipe.cutmix:
+        raise ValueError(f"--mixup {recipe.mixup:g} and --cutmix {recipe.cutmix:g} exclude each other; set one to 0")
+    if recipe.sched == "constant" and recipe.opt == "sgd" and recipe.lr == 0.0:
+        raise ValueError("--lr 0 trains nothing; give a rate above 0")
+
+
+def with_budget(recipe: Recipe, images: int) -> Recipe:
+    """The recipe with `steps`, `warmup_steps` and `eval_every` as numbers, for a training set of so many images.
+
+    Raises:
+        ValueError: more warm-up steps than steps.
+    """
+    steps = recipe.steps if recipe.epochs is None else max(1, math.ceil(recipe.epochs * images / recipe.batch_size))
+    warmup = recipe.warmup_steps
+    if warmup is None:
+        warmup = round(_WARMUP_SHARE[recipe.sched] * steps)
+    elif warmup > steps:
+        raise ValueError(f"{flag('warmup_steps')} {warmup} exceeds the run's {steps} steps")
+    every = recipe.eval_every
+    if every is None:
+        every = math.ceil(steps / 5)
+    return dataclasses.replace(recipe, steps=steps, epochs=None, warmup_steps=warmup, eval_every=every or steps)
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """A YAML or JSON configuration file: a table of option names and values.
+
+    Raises:
+        ValueError: not a table, or not valid YAML.
+        OSError: the file cannot be read.
+    """
+    text = pathlib.Path(path).read_text(encoding="utf-8", errors="strict")
+    try:
+        import yaml
+    except ImportError as error:
+        raise ValueError(f"--config {path}: needs PyYAML, which is not installed; run `pip install PyYAML`") from error
+    try:
+        table = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--config {path}: not valid YAML: {reason}") from error
+    if table is None:
+        return {}
+    if not isinstance(table, dict) or not all(isinstance(key, str) for key in table):
+        raise ValueError(f"--config {path}: must be a table of option names and values")
+    return {key.replace("-", "_"): value for key, value in table.items()}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The options of two runs that decide their weights and differ, as "name: old → new"."""
+    return [
+        f"{key}: {old.get(key)!r} → {new.get(key)!r}"
+        for key in sorted({*old, *new} - _WITHOUT_CONSEQUENCE)
+        if old.get(key) != new.get(key)
+    ]
+
+
+_WITHOUT_CONSEQUENCE = frozenset(
+    "data_dir preset device impl compile deterministic output resume init_weights save_every keep_last eval_every "
+    "eval_only tta nan tensorboard wandb".split()
+)

@@ -1,0 +1,314 @@
+"""`python -m fastcifar.train` and `evaluate`, `doctor` as a user runs them."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from training_case import TINY, result_of, status_of, write_tiny
+
+from fastcifar import doctor, evaluate, train
+from fastcifar.data.synthetic import synthetic
+from fastcifar.training import checkpoint
+
+FIELDS = {
+    "model", "dataset", "synthetic", "preset", "seed", "steps", "seconds", "images_per_second", "train_accuracy",
+    "test_accuracy", "train_loss", "state_sha256",
+}  # fmt: skip
+FILES = {
+    "checkpoints",
+    "config.yaml",
+    "curves.png",
+    "env.json",
+    "log.txt",
+    "metrics.csv",
+    "metrics.jsonl",
+    "result.json",
+}
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FASTCIFAR_DATA", raising=False)
+    return write_tiny(tmp_path / "tiny.npz")
+
+
+def start(source, *arguments):
+    return [*TINY, "--dataset", source, *arguments]
+
+
+def test_a_run_leaves_its_folder_and_its_result(source, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert status_of(start(source, "--steps", 12, "--save-every", 5, "--eval-every", 4, "--tta")) == 0
+    result = result_of(capsys)
+    assert set(result) >= FIELDS | {"test_accuracy_tta"} and not result["synthetic"]
+    (run,) = (tmp_path / "runs").iterdir()
+    assert {path.name for path in run.iterdir()} == FILES
+    assert json.loads((run / "result.json").read_text()) == result
+    assert [p.name for p in checkpoint.list_checkpoints(run / "checkpoints")] == ["step-00000012", "step-00000010"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["step"] for row in rows if "test_accuracy" in row] == [4, 8, 12]
+    with open(run / "metrics.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [float(row["train_loss"]) for row in table] == [row["train_loss"] for row in rows]
+    environment = json.loads((run / "env.json").read_text())
+    assert {"versions", "hardware", "settings", "native_module", "implementations"} <= set(environment)
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "step 12/12" in (run / "log.txt").read_text()
+
+
+def test_the_runs_own_configuration_repeats_it(source, tmp_path, capsys):
+    pytest.importorskip("yaml")
+    assert status_of(start(source, "--steps", 6, "--output", "first", "--seed", 3, "--mixup", 0.2)) == 0
+    first = result_of(capsys)
+    assert status_of(["--config", "first/config.yaml", "--output", "second"]) == 0
+    assert result_of(capsys)["state_sha256"] == first["state_sha256"]
+
+
+def test_stopping_and_going_on_gives_the_same_result(source, tmp_path, capsys, monkeypatch):
+    arguments = start(source, "--steps", 12, "--save-every", 5, "--model-ema-decay", 0.9)
+    assert status_of([*arguments, "--output", "whole"]) == 0
+    whole = result_of(capsys)
+    original = train.Classification.train_step
+
+    def interrupted(self, step):
+        original(self, step)
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train.Classification, "train_step", interrupted)
+    assert status_of([*arguments, "--output", "parts"]) == 128 + signal.SIGTERM
+    assert checkpoint.find("parts", print).step == 7
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert status_of(["--resume", "auto", "--output", "parts"]) == 0
+    resumed = result_of(capsys)
+    assert resumed["state_sha256"] == whole["state_sha256"] and resumed["resumed_at"] == 7
+    rows = [json.loads(line) for line in open("parts/metrics.jsonl")]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    wholes = [json.loads(line)["train_loss"] for line in open("whole/metrics.jsonl")]
+    assert [row["train_loss"] for row in rows] == wholes
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_run_ends_at_the_same_hash(source, tmp_path, capsys):
+    arguments = start(source, "--steps", 150, "--save-every", 10, "--lr", 0.05, "--eval-every", 0)
+    assert status_of([*arguments, "--output", "whole"]) == 0
+    expected = result_of(capsys)["state_sha256"]
+    command = [sys.executable, "-m", "fastcifar.train", *arguments, "--output", "killed", "--resume", "auto"]
+    for first in (20, 70):
+        process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True)
+        while not any(int(p.name[5:]) >= first for p in checkpoint.list_checkpoints(tmp_path / "killed/checkpoints")):
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    end = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=True)
+    assert json.loads(end.stdout.splitlines()[-1])["state_sha256"] == expected
+
+
+def test_going_on_with_other_options_is_refused_by_name(source, capsys):
+    assert status_of(start(source, "--steps", 4, "--output", "run")) == 0
+    capsys.readouterr()
+    assert status_of(["--resume", "run", "--lr", 0.9, "--seed", 5]) == 2
+    message = capsys.readouterr().err
+    assert "lr: 0.4 → 0.9" in message and "seed: 0 → 5" in message and len(message.splitlines()) == 1
+
+
+def test_resume_auto_without_a_run_starts_one(source, capsys):
+    assert status_of(start(source, "--steps", 2, "--output", "new", "--resume", "auto")) == 0
+    assert result_of(capsys)["resumed_at"] == 0
+
+
+def test_nothing_is_overwritten(source, capsys):
+    assert status_of(start(source, "--steps", 2, "--output", "run")) == 0
+    before = checkpoint.find("run", print).path.stat().st_mtime_ns
+    assert status_of(start(source, "--steps", 3, "--output", "run")) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert checkpoint.find("run", print).path.stat().st_mtime_ns == before
+    assert status_of(start(source, "--steps", 2)) == status_of(start(source, "--steps", 2)) == 0
+    assert len(os.listdir("runs")) == 2
+
+
+def test_a_damaged_checkpoint_is_passed_over(source, capsys):
+    assert status_of(start(source, "--steps", 9, "--save-every", 4, "--output", "run")) == 0
+    expected = result_of(capsys)["state_sha256"]
+    newest = checkpoint.list_checkpoints(checkpoint.pathlib.Path("run/checkpoints"))[0]
+    (newest / "state.safetensors").write_bytes(b"")
+    assert status_of(["--resume", "auto", "--output", "run"]) == 0
+    captured = capsys.readouterr()
+    assert "damaged" in captured.err
+    result = json.loads(captured.out.splitlines()[-1])
+    assert result["state_sha256"] == expected and result["resumed_at"] == 8
+
+
+def test_first_weights_and_evaluation_only(source, capsys):
+    assert status_of(start(source, "--steps", 20, "--lr", 0.1, "--output", "run")) == 0
+    trained = result_of(capsys)
+    assert status_of(start(source, "--eval-only", "--init-weights", "run", "--output", "again")) == 0
+    again = result_of(capsys)
+    assert again["test_accuracy"] == trained["test_accuracy"] and again["steps"] == 0
+    assert not os.path.exists("again/checkpoints")
+
+
+def test_dry_run_shows_all_and_writes_nothing(source, tmp_path, capsys):
+    assert status_of(start(source, "-n", "--epochs", 3)) == 0
+    shown = capsys.readouterr().out
+    assert "steps: 19" in shown and "parameters: " in shown and "estimated time: " in shown
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny.npz"]
+
+
+def test_synthetic_stands_in_and_says_so(source, capsys, monkeypatch):
+    monkeypatch.setattr(train.data, "load_dataset", lambda *arguments, **options: synthetic(200, 100))
+    assert status_of([*TINY, "--steps", 1]) == 0
+    output = capsys.readouterr().out
+    assert "SYNTHETIC" in output.splitlines()[0]
+    result = json.loads(output.splitlines()[-1])
+    assert result["synthetic"] and "SYNTHETIC" in result["notices"][0]
+
+
+BAD = {
+    "unknown flag": ["--epoch", "3"],
+    "unknown model": ["--model", "ds_resent"],
+    "unknown data set": ["--dataset", "cifar-100"],
+    "unknown preset": ["--preset", "quick"],
+    "unknown optimiser": ["--opt", "sdg"],
+    "unknown schedule": ["--sched", "cosinus"],
+    "unknown flip": ["--hflip", "alternate"],
+    "unknown impl": ["--impl", "cuda"],
+    "unknown dtype": ["--amp-dtype", "float16"],
+    "unknown device": ["--device", "gpu"],
+    "unknown model option": ["--model-option", "activations=silu"],
+    "bad model option": ["--model-option", "activation=sinus"],
+    "model option without value": ["--model-option", "width"],
+    "text as number": ["--lr", "fast"],
+    "fraction as count": ["--steps", "1.5"],
+    "zero steps": ["--steps", "0"],
+    "negative rate": ["--lr", "-0.1"],
+    "infinite rate": ["--lr", "inf"],
+    "momentum of one": ["--momentum", "1"],
+    "steps and epochs": ["--steps", "3", "--epochs", "1"],
+    "long warm-up": ["--steps", "3", "--warmup-steps", "4"],
+    "both mixes": ["--mixup", "1", "--cutmix", "1"],
+    "resume and first weights": ["--resume", "auto", "--init-weights", "x"],
+    "absent checkpoint": ["--resume", "absent"],
+    "absent first weights": ["--init-weights", "absent"],
+    "evaluation of nothing": ["--eval-only"],
+    "absent folder of data": ["--dataset", "cifar100", "--data-dir", "absent"],
+    "absent npz": ["--dataset", "npz:absent.npz"],
+    "absent folder": ["--dataset", "folder:absent"],
+    "absent configuration": ["--config", "absent.yaml"],
+    "output is a file": ["--output", "tiny.npz"],
+    "large crop": ["--crop-pad", "40"],
+    "missing value": ["--lr"],
+    "stray argument": ["ds_resnet"],
+    "nan policy": ["--nan", "rollback!"],
+    "missing package": ["--wandb"],
+}
+
+
+@pytest.mark.parametrize("arguments", BAD.values(), ids=BAD.keys())
+def test_a_wrong_command_line_is_one_line_and_status_2(arguments, source, tmp_path, capsys):
+    if arguments == ["--wandb"]:
+        try:
+            import wandb  # noqa: F401
+
+            pytest.skip("wandb is installed here")
+        except ImportError:
+            pass
+    base = [] if "--dataset" in arguments else ["--dataset", source]
+    assert status_of([*base, *arguments]) == 2
+    captured = capsys.readouterr()
+    assert len(captured.err.splitlines()) == 1 and captured.err.startswith("python -m fastcifar.train: error: ")
+    assert "Traceback" not in captured.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tiny.npz"]
+
+
+def test_an_unknown_flag_gets_the_nearest(source, capsys):
+    assert status_of(["--weight-decey", "1"]) == 2
+    assert "did you mean --weight-decay?" in capsys.readouterr().err
+
+
+class FakeService:
+    """Stands for a tracking package: remembers what it is given."""
+
+    def __init__(self):
+        self.rows = []
+
+    def init(self, **options):
+        assert options["config"]["steps"] == 3
+        return self
+
+    def log(self, values, step):
+        self.rows.append((step, values["train_loss"]))
+
+
+def test_rows_go_to_a_tracking_service_too(source, monkeypatch):
+    service = FakeService()
+    monkeypatch.setitem(sys.modules, "wandb", service)
+    assert status_of(start(source, "--steps", 3, "--wandb", "--output", "run")) == 0
+    rows = [json.loads(line) for line in open("run/metrics.jsonl")]
+    assert service.rows == [(row["step"], row["train_loss"]) for row in rows]
+
+
+def test_debug_shows_the_traceback(source):
+    with pytest.raises(ValueError, match="unknown model"):
+        status_of(["--model", "x", "--debug"])
+
+
+def test_a_module_run_ends_with_status_2_and_no_traceback(source):
+    command = [sys.executable, "-m", "fastcifar.train", "--lr", "-1"]
+    end = subprocess.run(command, capture_output=True, text=True)
+    assert end.returncode == 2 and end.stderr == "python -m fastcifar.train: error: --lr must be ≥ 0, got -1.0\n"
+
+
+def evaluated(arguments):
+    return status_of(arguments, evaluate.main, "python -m fastcifar.evaluate")
+
+
+def test_evaluate_agrees_with_training(source, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert status_of(start(source, "--steps", 30, "--lr", 0.1, "--model-ema-decay", 0.5, "--output", "run")) == 0
+    trained = result_of(capsys)
+    assert evaluated(["--checkpoint", "run", "--amp-dtype", "fp32", "--tta"]) == 0
+    result = result_of(capsys)
+    assert result["accuracy"] == trained["test_accuracy"] and result["step"] == 30
+    report = json.loads((tmp_path / "run/evaluation.json").read_text())
+    matrix = report["confusion"]
+    assert sum(map(sum, matrix)) == 40
+    diagonal = sum(row[i] for i, row in enumerate(matrix))
+    assert 100 * diagonal / 40 == pytest.approx(result["accuracy"])
+    assert report["accuracy_by_class"]["class 0"] == pytest.approx(100 * matrix[0][0] / sum(matrix[0]), abs=1e-3)
+    assert (tmp_path / "run/confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--checkpoint", "absent"], ["--checkpoint", ".", "--split", "tests"], ["--checkpoint", "."], ["--tt"]],
+    ids=["none", "absent", "split", "no checkpoint", "flag"],
+)
+def test_evaluate_refuses_in_one_line(arguments, source, capsys):
+    assert evaluated(arguments) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_evaluate_refuses_another_number_of_classes(source, tmp_path, capsys):
+    assert status_of(start(source, "--steps", 1, "--output", "run")) == 0
+    other = write_tiny(tmp_path / "other.npz", classes=3)
+    capsys.readouterr()
+    assert evaluated(["--checkpoint", "run", "--dataset", other]) == 2
+    assert "holds another network" in capsys.readouterr().err
+
+
+def test_doctor_reports(source, capsys):
+    assert status_of([], doctor.main, "python -m fastcifar.doctor") == 0
+    report = capsys.readouterr().out
+    for word in ("torch", "native module", "GPU", "cifar100", "depthwise_conv_bn_act", "reference"):
+        assert word in report
+    assert "What to do:" in report or "Everything is in place." in report
