@@ -16,6 +16,15 @@ IMPLEMENTATIONS = (NATIVE, "reference")
 CONSTANTS = {"alpha1": 0.5, "alpha2": 0.75, "delta": 0.05, "epsilon": 0.05, "normalized": True}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Networks this small gain nothing from a second thread, and wait for it where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def phases(impl):
     return dispatch.select("aw_hinge", impl, dispatch.Call(torch.device("cpu"), torch.float32))
 
