@@ -11,6 +11,8 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -34,7 +36,7 @@ class Implementation:
     `auto` prefers the next one although this one could run."""
 
     name: str
-    load: Callable[[], Callable]
+    load: Callable[[], Callable | ModuleType]
     obstacle: Callable[[Call], str | None]
     reluctance: Callable[[Call], str | None] = lambda call: None
 
@@ -97,6 +99,33 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _no_native_aw_hinge(call: Call) -> str | None:
+    from fastcifar import native
+
+    reason = native.why_not()
+    if reason is not None or call.device.type == "cpu":
+        return reason
+    if call.device.type != "cuda" or torch.version.cuda is None:
+        return f"the compiled module has no code for {call.device.type} tensors on this build of torch"
+    reason = native.cuda_obstacle()
+    if reason is not None:
+        return reason
+    major, minor = torch.cuda.get_device_capability(call.device)
+    return None if major >= 8 else f"the compiled module holds code for sm_80 and later, this GPU is sm_{major}{minor}"
+
+
+def _load_aw_hinge() -> ModuleType:
+    from fastcifar.ops import aw_hinge
+
+    return aw_hinge
+
+
+def _load_reference_aw_hinge() -> ModuleType:
+    from fastcifar import reference_aw_hinge
+
+    return reference_aw_hinge
+
+
 _OPERATORS: dict[str, list[Implementation]] = {
     "depthwise_conv_bn_act": [
         Implementation(
@@ -109,6 +138,11 @@ _OPERATORS: dict[str, list[Implementation]] = {
     ],
     "batch_norm_act": [
         Implementation("reference", _reference_batch_norm_act, _always),
+    ],
+    # Three phases between two backward passes: what loads is a module with all of them.
+    "aw_hinge": [
+        Implementation("native", _load_aw_hinge, _no_native_aw_hinge),
+        Implementation("reference", _load_reference_aw_hinge, _always),
     ],
 }
 
@@ -123,7 +157,7 @@ def implementations(operator: str) -> list[Implementation]:
     return list(_OPERATORS[operator])
 
 
-def select(operator: str, impl: str, call: Call) -> Callable:
+def select(operator: str, impl: str, call: Call) -> Any:
     """The function that runs `operator` for this call.
 
     Raises:

@@ -25,7 +25,7 @@ LAYERS = [
 ]
 GROUND = {"validation", "native", "profiling"}
 # dispatch chooses for functional and loads what it chose; the package's own file lists names that it loads lazily.
-ABOVE_ITS_PLACE = {("dispatch", "ops"), ("dispatch", "reference")}
+ABOVE_ITS_PLACE = {("dispatch", "ops"), ("dispatch", "reference"), ("dispatch", "reference_aw_hinge")}
 DISPATCH_USERS = {"functional", "nn", "training", "doctor", "fuse", "fusing", "ops", "benchmarks"}
 
 
