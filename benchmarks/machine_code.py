@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 # Shared memory of one multiprocessor in bytes, by compute capability × 10.
@@ -56,6 +57,55 @@ def count_accesses(code: str) -> dict[str, Any]:
         "loads": {str(bits): number for bits, number in sorted(loads.items())},
         "stores": {str(bits): number for bits, number in sorted(stores.items())},
     }
+
+
+def _origins(instructions: list[tuple[str, str]]) -> dict[str, set[int]]:
+    """The parameters that each 64-bit register's value was computed from."""
+    origins: dict[str, set[int]] = {}
+    edges = []
+    for opcode, operands in instructions:
+        registers = re.findall(r"%rd\d+", operands)
+        parameter = re.search(r"_param_(\d+)\]", operands)
+        if opcode.startswith("ld.param") and registers and parameter:
+            origins.setdefault(registers[0], set()).add(int(parameter.group(1)))
+        elif operands.startswith("%rd") and not opcode.startswith("ld."):
+            edges.append((registers[0], registers[1:]))
+    changed = True
+    while changed:
+        changed = False
+        for target, sources in edges:
+            found = set().union(*(origins.get(source, ()) for source in sources))
+            known = origins.setdefault(target, set())
+            changed |= not found <= known
+            known |= found
+    return origins
+
+
+def pointer_accesses(ptx: str, names: Sequence[str]) -> dict[str, dict[str, list[int]]]:
+    """Which widths each pointer argument is accessed with: {"x_ptr": {"load": [64]}, "z_ptr": {"store": [32, 64]}}.
+
+    Follows addresses from the kernel's parameters through the PTX, so that a wide load of a small vector does not hide
+    a narrow one of a large tensor. `names` are the run-time arguments in order; widths in bits a thread, ascending.
+    """
+    instructions = re.findall(r"^\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s+([^;\n]*);", ptx, re.MULTILINE)
+    origins = _origins(instructions)
+    found: dict[str, dict[str, set[int]]] = {}
+    for opcode, operands in instructions:
+        address = re.findall(r"\[\s*(%rd\d+)", operands)
+        if ".global" not in opcode or not address:
+            continue
+        if opcode.startswith("cp.async"):
+            size = re.findall(r"\b(?:0x[0-9a-f]+|\d+)\b", operands.rpartition("]")[2])
+            kind, bits = "load", 8 * int(size[0], 0) if size else 0
+        elif opcode.startswith(("ld.", "st.")):
+            vector, element = re.search(r"\.v(\d)\b", opcode), re.search(r"\.[bfus](\d+)$", opcode)
+            kind = "load" if opcode.startswith("ld.") else "store"
+            bits = (int(vector.group(1)) if vector else 1) * int(element.group(1))
+        else:
+            continue
+        for index in origins.get(address[-1], ()):
+            found.setdefault(names[index], {}).setdefault(kind, set()).add(bits)
+    return {name: {kind: sorted(widths) for kind, widths in kinds.items()} for name, kinds in sorted(found.items())}
 
 
 def parse_usage(text: str) -> dict[str, dict[str, int]]:

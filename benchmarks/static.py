@@ -2,19 +2,22 @@
 
 Each module named in `fastcifar.kernels.triton.KERNEL_MODULES` lists its compilations by `static_cases()`: objects with
 `label`, `kernel` (the jitted function), `types` (argument → "*fp32", "i32", …), `constants` (constexpr → value),
-`aligned` (arguments that are multiples of 16), `num_warps` and `wide` (True where loads must move at least 64 bits a
-thread, or that number of bits; False for no demand). With nvcc the .cu files of the compiled module are read too.
+`aligned` (arguments that are multiples of 16), `num_warps` and `wide`: the pointers whose every access must move at
+least 64 bits a thread, or True where the widest load must, or False. With nvcc the .cu files of the compiled module
+are read too.
 
-The gate: no stack, no local memory, and loads as wide as the case demands. Prints a table and the rows that fail,
+The gate: no stack, no local memory, and accesses as wide as the case demands. Prints a table and the rows that fail,
 writes results/static.json; exit status 1 where the gate does not hold, 2 where nothing could be compiled.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import concurrent.futures
 import hashlib
 import importlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -29,9 +32,10 @@ from typing import Any
 from benchmarks import machine_code, reporting
 
 CAPABILITIES = (80, 90, 100)
+WIDE = 64
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NATIVE = ROOT / "kernels" / "native"
-COLUMNS = ("registers", "stack", "spills", "shared", "warps_per_sm", "load_bits", "store_bits")
+COLUMNS = ("registers", "stack", "spills", "shared", "warps_per_sm", "load_bits", "store_bits", "demanded_bits")
 
 
 def cache_folder() -> pathlib.Path:
@@ -110,17 +114,45 @@ def _keep(place: pathlib.Path | None, value: Any) -> None:
     os.replace(temporary, place)
 
 
+def _chosen(
+    descriptions: Sequence[Mapping[str, Any]], match: str, per_kernel: int | None
+) -> list[tuple[int, Mapping[str, Any]]]:
+    taken: collections.Counter[str] = collections.Counter()
+    chosen = []
+    for index, description in enumerate(descriptions):
+        taken[description["kernel"]] += match in description["case"]
+        if match in description["case"] and (per_kernel is None or taken[description["kernel"]] <= per_kernel):
+            chosen.append((index, description))
+    return chosen
+
+
+def current_keys(modules: Sequence[str]) -> dict[str, str]:
+    """Key and label of every case of these modules, as a row of `measure_triton` has them; compiles nothing.
+
+    Raises:
+        RuntimeError: a module cannot list its cases.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        worker = Worker(folder)
+        try:
+            return {row["key"]: row["case"] for module in modules for row in worker.ask({"module": module})}
+        finally:
+            worker.close()
+
+
 def measure_triton(
     modules: Sequence[str],
     *,
     capabilities: Sequence[int] = CAPABILITIES,
     match: str = "",
+    per_kernel: int | None = None,
     workers: int = 2,
     cache: pathlib.Path | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each case of these modules whose label holds `match`, and each compute capability × 10.
 
-    A row has "case", "kernel", "sm", "wide" and either what `machine_code.read_cubin` tells or "error".
+    A row has "case", "kernel", "sm", "wide", "key" (a hash of what the compilation depends on) and either what
+    `static_worker.compile_case` tells or "error". `per_kernel` takes only that many cases of each kernel.
 
     Raises:
         RuntimeError: a module cannot list its cases.
@@ -132,7 +164,7 @@ def measure_triton(
             free.put(worker)
 
         def compile_one(module: str, index: int, description: Mapping[str, Any], capability: int) -> dict[str, Any]:
-            row = {key: description[key] for key in ("case", "kernel", "wide")} | {"sm": capability}
+            row = {**description, "sm": capability}
             place, usage = _cached(description["key"], capability, cache)
             if usage is None:
                 worker = free.get()
@@ -149,8 +181,7 @@ def measure_triton(
             jobs = [
                 (module, index, description, capability)
                 for module in modules
-                for index, description in enumerate(crew[0].ask({"module": module}))
-                if match in description["case"]
+                for index, description in _chosen(crew[0].ask({"module": module}), match, per_kernel)
                 for capability in capabilities
             ]
             with concurrent.futures.ThreadPoolExecutor(workers) as pool:
@@ -176,7 +207,7 @@ def measure_native(
         key = hashlib.sha256(digest.digest() + source.read_bytes()).hexdigest()
         for capability in capabilities:
             place, functions = _cached(key, capability, cache)
-            facts = {"wide": 0, "sm": capability}
+            facts = {"wide": False, "sm": capability}
             if functions is None:
                 try:
                     functions = machine_code.read_cubin(machine_code.compile_cuda(nvcc, source, capability))
@@ -187,6 +218,22 @@ def measure_native(
             for name, usage in zip(machine_code.plain_names([*functions]), functions.values(), strict=True):
                 rows.append({"case": f"{source.name}: {name}", "kernel": name, **facts, **usage, "warps_per_sm": None})
     return rows
+
+
+def _narrow(row: Mapping[str, Any]) -> list[str]:
+    """Accesses that are narrower than the case demands."""
+    if isinstance(row["wide"], bool):
+        narrow = row["wide"] and row["load_bits"] < WIDE
+        return [f"the widest global load moves {row['load_bits']} bits, {WIDE} are demanded"] if narrow else []
+    reasons = []
+    for name in row["wide"]:
+        kinds = row["arguments"].get(name, {})
+        if not kinds:
+            reasons.append(f"{name} is never accessed, {WIDE} bits at a time are demanded")
+        for kind, widths in kinds.items():
+            if widths[0] < WIDE:
+                reasons.append(f"a {kind} of {name} moves {widths[0]} bits, {WIDE} are demanded")
+    return reasons
 
 
 def failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -201,8 +248,7 @@ def failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 reasons.append(f"{row['stack']} bytes of stack, {row['local']} of local memory")
             if row["local_loads"] or row["local_stores"]:
                 reasons.append(f"{row['local_loads']} loads and {row['local_stores']} stores of spilled registers")
-            if row["load_bits"] < row["wide"]:
-                reasons.append(f"the widest global load moves {row['load_bits']} bits, {row['wide']} are expected")
+            reasons += _narrow(row)
         if reasons:
             lines.append(f"{row['case']} on sm_{row['sm']}: {'; '.join(reasons)}")
     return lines
@@ -211,7 +257,10 @@ def failures(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _columns(row: Mapping[str, Any]) -> dict[str, Any]:
     if "error" in row:
         return dict.fromkeys(COLUMNS)
-    return {**row, "spills": row["local_loads"] + row["local_stores"]}
+    demanded = () if isinstance(row["wide"], bool) else row["wide"]
+    widths = [kinds[kind][0] for name in demanded for kinds in [row["arguments"].get(name, {})] for kind in kinds]
+    spills = row["local_loads"] + row["local_stores"]
+    return {**row, "spills": spills, "demanded_bits": min(widths, default=None)}
 
 
 def all_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -220,11 +269,14 @@ def all_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The worst of each kernel and compute capability: most registers and spills, fewest warps, narrowest accesses."""
+    """The worst of each kernel and compute capability: most registers and spills, fewest warps, narrowest accesses.
+
+    load_bits and store_bits are the widest of a compilation, demanded_bits the narrowest of the demanded pointers.
+    """
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["kernel"], row["sm"]), []).append(_columns(row))
-    best = {"warps_per_sm": min, "load_bits": min, "store_bits": min}
+    best = {"warps_per_sm": min, "load_bits": min, "store_bits": min, "demanded_bits": min}
     return [
         {"kernel": kernel, "sm": capability, "cases": len(group)}
         | {
@@ -268,7 +320,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(reporting.table(all_rows(rows) if options.all else summary(rows)))
     if options.output or not (options.match or options.module):
-        print(reporting.save("static", {"capabilities": list(options.sm), "rows": rows}, options.output))
+        versions = {"triton": importlib.metadata.version("triton"), "capabilities": list(options.sm)}
+        print(reporting.save("static", {**versions, "rows": rows}, options.output))
     broken = failures(rows)
     print(f"{len(rows)} compilations, {len(broken)} break the gate (no stack, no local memory, wide loads)")
     for line in broken:

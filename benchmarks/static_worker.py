@@ -47,13 +47,13 @@ def _tools() -> str:
 
 
 def describe(case: Any) -> dict[str, Any]:
-    """Label, kernel, expected width in bits and a key that changes with whatever the compilation depends on."""
+    """Label, kernel, demanded widths and a key that changes with whatever the compilation depends on."""
     facts = [_tools(), case.kernel.cache_key, case.label, case.num_warps, sorted(case.aligned)]
     facts += [sorted(case.types.items()), sorted(case.constants.items())]
     return {
         "case": case.label,
         "kernel": case.kernel.fn.__name__,
-        "wide": 64 if case.wide is True else int(case.wide),
+        "wide": case.wide if isinstance(case.wide, bool) else sorted(case.wide),
         "key": hashlib.sha256(repr(facts).encode()).hexdigest(),
     }
 
@@ -68,7 +68,7 @@ def compile_case(case: Any, capability: int) -> dict[str, Any]:
     unknown = sorted({*case.types, *case.constants, *case.aligned} - {*names})
     missing = sorted({*names} - {*case.types, *case.constants})
     if unknown or missing:
-        raise ValueError(f"{case.label}: arguments unknown to the kernel: {unknown}; not given a type: {missing}")
+        raise ValueError(f"arguments unknown to the kernel: {unknown}; not given a type: {missing}")
     source = ASTSource(
         fn=case.kernel,
         signature={name: case.types.get(name, "constexpr") for name in names},
@@ -79,6 +79,8 @@ def compile_case(case: Any, capability: int) -> dict[str, Any]:
     compiled = triton.compile(source, target=target, options={"num_warps": case.num_warps})
     functions = machine_code.read_cubin(compiled.asm["cubin"])
     row = functions[compiled.metadata.name]
+    run_time = [name for name in names if name in case.types]
+    row["arguments"] = machine_code.pointer_accesses(compiled.asm["ptx"], run_time)
     # What Triton asks for at launch; the cubin itself says nothing of it.
     row["shared"] += compiled.metadata.shared
     row["warps_per_sm"] = machine_code.resident_warps(
