@@ -171,7 +171,6 @@ def select(operator: str, impl: str, call: Call) -> Any:
     raise AssertionError(name)
 
 
-@torch.compiler.assume_constant_result
 def _choose(
     operator: str,
     impl: str,
@@ -195,6 +194,10 @@ def _choose(
             return impl
     names = ", ".join(i.name for i in available)
     raise ValueError(f'{operator}: has no implementation "{impl}" (it has: {names})')
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import the compiler, and Triton with it.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def explain(operator: str | None = None, call: Call | None = None) -> str:
