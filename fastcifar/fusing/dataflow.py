@@ -1,0 +1,182 @@
+"""Groups in a forward that is Python code, proven by tracing it symbolically in training and in evaluation mode."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sys
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+from torch import fx, nn
+
+from fastcifar.fusing import patterns, reading
+from fastcifar.fusing.patterns import Element, Pattern
+from fastcifar.fusing.reading import Functional
+
+
+class Group(NamedTuple):
+    """Modules of one owner that run as one operator: their paths below it, and the activation function that follows
+    the last of them, when that one is fused too."""
+
+    pattern: Pattern
+    members: tuple[str, ...]
+    functional: Functional | None
+
+
+class Outcome(NamedTuple):
+    """A group and its activation for the report, or None and the reason why there is no group."""
+
+    group: Group | None
+    note: str
+
+
+class _Tracer(fx.Tracer):
+    """Calls forward with the arguments that have no default, and keeps every child as it is, except those that only run
+    their children in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.recomputed: set[str] = set()
+
+    def is_leaf_module(self, module, qualified_name):
+        return not reading.is_sequence(module) or reading.has_hooks(module)
+
+    def create_args_for_root(self, root_fn, is_module, concrete_args=None):
+        symbols = {name: self.create_proxy("placeholder", name, (), {}) for name in required_arguments(self.root)}
+        positional = [symbols.pop(name) for name in list(symbols) if name not in _keyword_only(self.root)]
+
+        def call(owner, *arguments):
+            return root_fn(owner, *arguments, **symbols)
+
+        return call, [self.root, *positional]
+
+    def call_module(self, module, forward, args, kwargs):
+        if _inside_checkpoint():
+            self.recomputed.add(self.path_of_module(module))
+        return super().call_module(module, forward, args, kwargs)
+
+
+def _inside_checkpoint() -> bool:
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _keyword_only(owner: nn.Module) -> set[str]:
+    parameters = inspect.signature(type(owner).forward).parameters.values()
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def required_arguments(owner: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a module's forward that have no default."""
+    starred = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    _, *parameters = inspect.signature(type(owner).forward).parameters.values()
+    return tuple(p.name for p in parameters if p.kind not in starred and p.default is p.empty)
+
+
+class Trace:
+    """One symbolic run of a module's forward, called with the arguments that have no default."""
+
+    def __init__(self, owner: nn.Module, training: bool):
+        # What forward assigns to the module stays on this copy; the children are the module's own.
+        shadow = copy.copy(owner)
+        for name in ("_modules", "_parameters", "_buffers"):
+            shadow.__dict__[name] = dict(owner.__dict__[name])
+        shadow.training = training
+        self.name = f"{type(owner).__name__}.forward"
+        self.root = shadow
+        tracer = _Tracer()
+        with torch.random.fork_rng(devices=[]):
+            self.graph = tracer.trace(shadow)
+        self.recomputed = tracer.recomputed
+        self.calls = Counter(node.target for node in self.graph.nodes if node.op == "call_module")
+
+    def _after(self, node: fx.Node) -> tuple[fx.Node | None, Element]:
+        if not node.users:
+            return None, f"{self.name} does not use its output"
+        if len(node.users) > 1:
+            return None, f"{self.name} uses its output {len(node.users)} times"
+        (user,) = node.users
+        if user.op == "output":
+            return None, f"{self.name} returns its output"
+        if user.op == "call_module":
+            module = self.root.get_submodule(user.target)
+            if user.args != (node,) or user.kwargs:
+                return None, f"{self.name} calls {user.target!r} with more than its output"
+            return user, self._once(user.target, module)
+        target = getattr(torch.Tensor, user.target, None) if user.op == "call_method" else user.target
+        called = getattr(target, "__name__", str(user.target))
+        function = None
+        if user.args and user.args[0] is node and user.all_input_nodes == [node]:
+            function = reading.functional_of(target, user.args[1:], user.kwargs)
+        return user, function or f"followed by {called}, not by BatchNorm2d"
+
+    def _once(self, path: str, module: nn.Module) -> Element:
+        stateless = next(module.parameters(), None) is None and next(module.buffers(), None) is None
+        if self.calls[path] > 1 and not stateless:
+            return f"{self.name} calls {path!r} {self.calls[path]} times"
+        if path in self.recomputed:
+            return f"{self.name} calls {path!r} under activation checkpointing"
+        return module
+
+    def group(self, path: str, pattern: Pattern) -> Outcome:
+        """What can be fused from the child at `path` on."""
+        node = next((n for n in self.graph.nodes if n.op == "call_module" and n.target == path), None)
+        if node is None:
+            return Outcome(None, f"{self.name} does not call it")
+        head = self._once(path, self.root.get_submodule(path))
+        if isinstance(head, str):
+            return Outcome(None, head)
+        if len(node.args) != 1 or node.kwargs:
+            return Outcome(None, f"{self.name} does not call it with one positional argument")
+        chain, nodes = [head], [node]
+        while len(chain) < pattern.longest and not isinstance(chain[-1], str):
+            following, element = self._after(nodes[-1])
+            chain.append(element)
+            nodes.append(following)
+        match = pattern.match(chain)
+        if isinstance(match, str):
+            return Outcome(None, match)
+        last = chain[match.length - 1]
+        functional = last if isinstance(last, Functional) else None
+        members = tuple(n.target for n in nodes[: match.length] if n.op == "call_module")
+        activation = f"{match.activation} (function)" if functional else match.activation
+        return Outcome(Group(pattern, members, functional), activation)
+
+
+def _traces(owner: nn.Module) -> list[Trace] | str:
+    """The owner's forward in training and in evaluation, or why it cannot be traced."""
+    name = reading.describe(owner)
+    if reading.forward_of(owner) is None:
+        return f"{name} has a forward of its own on the instance"
+    traces = []
+    for training in (True, False):
+        try:
+            traces.append(Trace(owner, training))
+        except Exception as error:  # whatever a forward may raise when it meets a symbolic tensor
+            text = str(error).strip() or type(error).__name__
+            return f"{name}.forward cannot be traced: {text.splitlines()[0]}"
+    return traces
+
+
+def find(owner: nn.Module, paths: list[str]) -> dict[str, Outcome]:
+    """What can be fused from each of these paths below `owner` on, whose modules begin patterns; the patterns that
+    come first in `PATTERNS` come first here."""
+    paths = sorted(paths, key=lambda path: patterns.PATTERNS.index(patterns.beginning_at(owner.get_submodule(path))))
+    traces = _traces(owner)
+    if isinstance(traces, str):
+        return dict.fromkeys(paths, Outcome(None, traces))
+    found = {}
+    for path in paths:
+        pattern = patterns.beginning_at(owner.get_submodule(path))
+        trained, evaluated = (trace.group(path, pattern) for trace in traces)
+        if trained.group is not None and trained != evaluated:
+            reason = f"{reading.describe(owner)}.forward uses it differently in training and in evaluation"
+            trained = Outcome(None, reason)
+        found[path] = trained
+    return found

@@ -1,0 +1,168 @@
+"""fuse(): what it takes and why it leaves the rest; outputs, gradients and buffers are those of the original."""
+
+import copy
+
+import fuse_cases
+import pytest
+import torch
+import torch.nn.functional as F
+from fuse_cases import CHANNELS, FORWARDS, SEQUENCES, SKIPPED, Block, Forward, depthwise, sequence
+from fuse_comparison import assert_fused_equals_original, image, make, record_operators
+from torch import nn
+
+from fastcifar import dispatch
+from fastcifar.fuse import fuse, unfuse
+from fastcifar.fusing import patterns
+
+# dtype and tolerance by implementation
+IMPLEMENTATIONS = {"reference": (torch.float64, 1e-12)}
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def impl(request):
+    if request.param not in [i.name for i in dispatch.implementations("depthwise_conv_bn_act")]:
+        pytest.skip(f"depthwise_conv_bn_act has no implementation {request.param!r} here")
+    return request.param
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    return record_operators(monkeypatch)
+
+
+@pytest.mark.parametrize("case", SEQUENCES)
+def test_sequences(case, impl, ran):
+    build, activation = SEQUENCES[case]
+    dtype, tolerance = IMPLEMENTATIONS[impl]
+    report = assert_fused_equals_original(make(build, dtype), image(dtype=dtype), tolerance, impl=impl)
+    assert [entry.activation for entry in report.fused] == [activation] and not report.skipped
+    assert ran == [activation] * 3
+
+
+@pytest.mark.parametrize("case", FORWARDS)
+def test_forwards(case, impl, ran):
+    function, activation = FORWARDS[case]
+    dtype, tolerance = IMPLEMENTATIONS[impl]
+    model = make(lambda: Forward(function), dtype)
+    report = assert_fused_equals_original(model, image(dtype=dtype), tolerance, impl=impl)
+    assert [entry.activation for entry in report.fused] == [activation] and not report.skipped
+    assert ran == [activation.removesuffix(" (function)")] * 3
+
+
+@pytest.mark.parametrize("build", [fuse_cases.TwoSharingAnActivation, lambda: fuse_cases.Residual(*sequence())])
+def test_shared_activations_lists_and_residuals(build, impl, ran):
+    dtype, tolerance = IMPLEMENTATIONS[impl]
+    report = assert_fused_equals_original(make(build, dtype), image(dtype=dtype), tolerance, impl=impl)
+    assert not report.skipped and len(ran) == 3 * len(report.fused)
+
+
+def test_across_nested_sequences(ran):
+    """Nobody but the forward can tell what follows the last of a Sequential."""
+    first = nn.Sequential(nn.ReLU(), depthwise())
+    forward = Forward(lambda m, x: F.relu(m.bn(m.first(x))), conv=nn.Identity(), first=first)
+    nested = nn.Sequential(nn.Sequential(depthwise()), nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.ReLU()))
+    for model, members in ((forward, ("first.1", "bn")), (nested, ("0.0", "1.0", "1.1"))):
+        report = assert_fused_equals_original(make(lambda m=model: m), image())
+        assert [entry.members for entry in report.fused] == [members]
+        twin = copy.deepcopy(model)
+        fuse(twin)
+        twin.get_submodule(members[0].split(".")[0]).register_forward_hook(lambda *_: ran.append("hook"))
+        ran.clear()
+        torch.testing.assert_close(twin(image()), model(image()))
+        assert ran == ["hook"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", SKIPPED)
+def test_reasons_for_not_fusing(case, ran):
+    build, reason = SKIPPED[case]
+    torch.manual_seed(0)
+    model = build()
+    classes = [type(module) for module in model.modules()]
+    report = fuse(model)
+    assert not report.fused
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError("; ".join(entry.reason for entry in report.skipped))
+    assert [type(module) for module in model.modules()] == classes
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_reason_quantised():
+    quantised = pytest.importorskip("torch.ao.nn.quantized", reason="this torch has no quantised modules")
+    (entry,) = fuse(nn.Sequential(quantised.Conv2d(4, 4, 3, groups=4), nn.ReLU())).skipped
+    assert "has a forward other than that of nn.Conv2d" in entry.reason
+
+
+def test_reason_forward_of_the_instance():
+    model = Forward(FORWARDS["modules"][0])
+    model.forward = lambda x: model.bn(model.conv(x)) * 2
+    assert "forward of its own on the instance" in fuse(model).skipped[0].reason
+
+
+def test_another_pattern_is_one_more_class(monkeypatch):
+    class NormReLU:
+        operator, longest = "depthwise_conv_bn_act", 2
+
+        def begins(self, module):
+            return isinstance(module, nn.BatchNorm2d)
+
+        def match(self, chain):
+            if isinstance(chain[1], str):
+                return chain[1]
+            return patterns.Match(2, "relu", 0.01) if isinstance(chain[1], nn.ReLU) else "no ReLU"
+
+        def run(self, match, members, x, impl):
+            return F.relu(F.batch_norm(x, None, None, members[0].weight, members[0].bias, training=True))
+
+    monkeypatch.setattr(patterns, "PATTERNS", (*patterns.PATTERNS, NormReLU()))
+    pointwise = nn.Conv2d(CHANNELS, CHANNELS, 1)
+    model = make(lambda: nn.Sequential(Forward(FORWARDS["modules"][0]), pointwise, nn.BatchNorm2d(CHANNELS), nn.ReLU()))
+    model.append(Forward(FORWARDS["modules"][0], conv=nn.Conv2d(CHANNELS, CHANNELS, 1)).double())
+    expected = model(image())
+    report = fuse(model)
+    assert [entry.members for entry in report.fused] == [("0.conv", "0.bn", "0.relu"), ("2", "3"), ("4.bn", "4.relu")]
+    torch.testing.assert_close(model(image()), expected)
+
+
+def test_report_reads_as_a_table():
+    model = nn.Sequential(Block(), sequence(bias=True), nn.Conv2d(3, 3, 1))
+    report = fuse(model)
+    lines = str(report).splitlines()
+    assert lines[0] == 'Sequential: 2 fused, 1 not, 3 other convolutions; impl="auto"' == repr(report)[1:-1]
+    assert [line.split() for line in lines[2:4]] == [
+        ["fused", "0.conv1", "bn1", "hardswish", "(function)"],
+        ["fused", "0.inner.0", "1", "+", "2", "silu"],
+    ]
+    assert lines[4].split(maxsplit=3)[2:] == ["1.0", "the convolution has a bias"]
+    assert str(fuse(nn.Linear(1, 1))) == 'Linear: 0 fused, 0 not, 0 other convolutions; impl="auto"'
+
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match="fuse: model must be a torch.nn.Module, got list"):
+        fuse([nn.ReLU()])
+    with pytest.raises(TypeError, match="unfuse: model must be a torch.nn.Module, got NoneType"):
+        unfuse(None)
+    with pytest.raises(ValueError, match="did you mean 'reference'"):
+        fuse(nn.ReLU(), impl="referense")
+
+
+TORCHVISION = {
+    "mobilenet_v2": 17,
+    "mobilenet_v3_large": 15,
+    "efficientnet_b0": 16,
+    "mnasnet1_0": 17,
+    "shufflenet_v2_x1_0": 19,
+}
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision_models(name, impl, ran):
+    try:
+        from torchvision import models
+    except Exception as error:
+        pytest.skip(f"torchvision cannot be imported here: {error}")
+    dtype, tolerance = IMPLEMENTATIONS[impl]
+    model = make(lambda: getattr(models, name)(num_classes=10), dtype)
+    report = assert_fused_equals_original(model, image(3, 62, dtype), tolerance, impl=impl)
+    assert len(report.fused) == TORCHVISION[name] and not report.skipped
+    assert len(ran) == 3 * TORCHVISION[name]
