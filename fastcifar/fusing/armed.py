@@ -1,23 +1,25 @@
 """How modules that a Python forward calls one by one run as one operator.
 
 The owner, whose forward has been traced, arms its groups for the time of one call in this thread. An armed first
-member computes the whole group; the others let exactly that result pass, and work as usual on anything else. Outside
-such a call every module does what it always did. The hand-over is checked: a result that did not go through the whole
-group is an error, never a wrong number.
+member computes the whole group; what follows lets exactly that result pass, and works as usual on anything else. A
+group that adds a residual computes at the addition, because the residual may not exist before: until then its first
+member hands on a stand-in. Outside such a call every module does what it always did. The hand-over is checked: a
+result that did not go through the whole group is an error, never a wrong number.
 """
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn, overrides
 
 from fastcifar.fusing import patterns, reading
 from fastcifar.fusing.dataflow import Group
-from fastcifar.fusing.patterns import Match, Pattern
+from fastcifar.fusing.patterns import Match
+from fastcifar.fusing.reading import Addition
 from fastcifar.fusing.sequences import is_container
 from fastcifar.fusing.substitution import Substitute
 
@@ -35,36 +37,65 @@ def _thread() -> int:
 
 
 class _Call:
-    """One group during one call of its owner."""
+    """One group during one call of its owner: `pending` is what was handed on and has not yet passed the whole chain,
+    or None."""
 
-    def __init__(self, pattern: Pattern, match: Match, members: list[nn.Module], impl: str):
-        self.pattern = pattern
+    def __init__(self, group: Group, match: Match, chain: Sequence[Any], impl: str):
+        self.group = group
         self.match = match
-        self.members = members
+        self.chain = chain
+        self.modules = [element for element in chain if isinstance(element, nn.Module)]
         self.impl = impl
         self.position = 0
+        self.input = None
         self.pending = None
 
-    def awaits_function(self) -> bool:
-        return self.match.length > len(self.members)
+    def run(self, residual: torch.Tensor | None = None) -> torch.Tensor:
+        x, self.input = self.input, None
+        return self.group.pattern.run(self.match, self.modules, x, residual, self.impl)
 
     def start(self, x: torch.Tensor) -> torch.Tensor:
-        with _without_function_mode():
-            self.pending = self.pattern.run(self.match, self.members, x, self.impl)
-        self.position = 1
-        return self.pending
+        self.input = x
+        return self._hand_on(x.detach() if self.match.adds else self.run())
 
-    def passes(self, member: nn.Module | None, y: object) -> bool:
-        """Whether `y` is the group's result on its way through this member (None: the activation function)."""
-        if self.pending is None or y is not self.pending:
-            return False
-        expected = self.members[self.position] if self.position < len(self.members) else None
-        if expected is not member:
-            return False
+    def _hand_on(self, y: torch.Tensor) -> torch.Tensor:
         self.position += 1
-        if self.position == self.match.length:
-            self.pending = None
+        self.pending = y if self.position < len(self.chain) else None
+        return y
+
+    def passes(self, member: nn.Module, y: object) -> bool:
+        """Whether `y` is the group's result on its way through this member."""
+        if self.pending is None or y is not self.pending or self.chain[self.position] is not member:
+            return False
+        self._hand_on(y)
         return True
+
+    def apply(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What the function makes of the group's result when it is the next in the chain; else NotImplemented."""
+        awaited = self.chain[self.position]
+        if isinstance(awaited, nn.Module):
+            return NotImplemented
+        called = reading.function_of(function, args, kwargs)
+        if isinstance(awaited, Addition):
+            return self._add(function, args) if isinstance(called, Addition) else NotImplemented
+        if args[0] is self.pending and called is not None and called[:2] == awaited[:2]:
+            return self._hand_on(self.pending)
+        return NotImplemented
+
+    def _add(self, function: Any, args: Sequence[Any]) -> Any:
+        residual = args[1] if args[0] is self.pending else args[0]
+        overwrites = function in reading.IN_PLACE_ADDITIONS and residual is args[0]
+        x, stand_in, self.pending = self.input, self.pending, None
+        if (
+            not overwrites
+            and isinstance(residual, torch.Tensor)
+            and (residual.shape, residual.dtype, residual.device) == (x.shape, x.dtype, x.device)
+        ):
+            return self._hand_on(self.run(residual))
+        # Broadcast, promoted and overwritten operands are left to the function itself.
+        self.match = Match(1)
+        y = self.run()
+        return function(*(y if operand is stand_in else operand for operand in args))
 
 
 class FusedMember(Substitute):
@@ -79,7 +110,7 @@ class FusedMember(Substitute):
             if call.passes(self, args[0]):
                 return args[0]
         for call in calls:
-            if call.members[0] is self and call.position == 0 and patterns.applies_to(args[0]):
+            if call.chain[0] is self and call.position == 0 and patterns.applies_to(args[0]):
                 return call.start(args[0])
         return super().forward(*args, **kwargs)
 
@@ -94,8 +125,8 @@ class FusedMember(Substitute):
             self._fused_calls.pop(_thread(), None)
 
 
-class _ActivationFunctions(overrides.TorchFunctionMode):
-    """Lets a group's result pass through the activation function that the group contains."""
+class _Functions(overrides.TorchFunctionMode):
+    """Shows the groups that contain functions every function that is called, so that they find theirs."""
 
     def __init__(self, calls: list[_Call]):
         super().__init__()
@@ -104,19 +135,11 @@ class _ActivationFunctions(overrides.TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         for call in self.calls:
-            if call.pending is not None and args and args[0] is call.pending:
-                called = reading.functional_of(function, args[1:], kwargs)
-                wanted = (call.match.activation, call.match.negative_slope)
-                if called is not None and called[:2] == wanted and call.passes(None, args[0]):
-                    return args[0]
+            if call.pending is not None and any(operand is call.pending for operand in args[:2]):
+                result = call.apply(function, args, kwargs)
+                if result is not NotImplemented:
+                    return result
         return function(*args, **kwargs)
-
-
-def _without_function_mode():
-    """An operator contains no activation function to find, but many tensor functions that the mode would slow down."""
-    if torch.compiler.is_compiling() or not isinstance(overrides._get_current_function_mode(), _ActivationFunctions):
-        return contextlib.nullcontext()
-    return overrides._pop_mode_temporarily()
 
 
 def _resolve(owner: nn.Module, path: str) -> nn.Module | None:
@@ -132,13 +155,11 @@ def _resolve(owner: nn.Module, path: str) -> nn.Module | None:
 
 
 def _prepare(owner: nn.Module, group: Group, impl: str) -> _Call | None:
-    members = [_resolve(owner, path) for path in group.members]
-    if any(member is None for member in members):
+    chain = [_resolve(owner, element) if isinstance(element, str) else element for element in group.chain]
+    if any(element is None for element in chain):
         return None
-    # Compiled code sees the activation function itself: a function mode would end the graph.
-    functional = [] if group.functional is None or torch.compiler.is_compiling() else [group.functional]
-    match = group.pattern.match([*members, *functional])
-    return None if isinstance(match, str) else _Call(group.pattern, match, members[: match.length], impl)
+    match = group.pattern.match(chain)
+    return None if isinstance(match, str) else _Call(group, match, chain[: match.length], impl)
 
 
 class FusedOwner(Substitute):
@@ -155,25 +176,25 @@ class FusedOwner(Substitute):
         traced_form = len(args) + len(kwargs) == len(arguments) and all(name in arguments for name in kwargs)
         if torch.compiler.is_exporting() or not traced_form:
             return super().forward(*args, **kwargs)
-        prepared = [_prepare(self, group, impl) for group in groups]
-        calls = [call for call in prepared if call is not None]
+        calls = [call for group in groups if (call := _prepare(self, group, impl)) is not None]
         for call in calls:
-            for member in call.members:
+            for member in call.modules:
                 member.arm(call)
         try:
-            if any(call.awaits_function() for call in calls):
-                with _ActivationFunctions(calls):
+            functional = [call for call in calls if len(call.modules) < len(call.chain)]
+            if functional:
+                with _Functions(functional):
                     output = super().forward(*args, **kwargs)
             else:
                 output = super().forward(*args, **kwargs)
         finally:
             for call in calls:
-                for member in call.members:
+                for member in call.modules:
                     member.disarm(call)
-        for group, call in zip(groups, prepared, strict=True):
-            if call is not None and call.pending is not None:
+        for call in calls:
+            if call.pending is not None:
                 raise RuntimeError(
-                    f"{type(self).__name__}: the output of {group.members[0]!r} did not go through "
-                    f"{', '.join(group.members[1:])} as it did in fuse(); call unfuse() before forward changes its ways"
+                    f"{type(self).__name__}: the output of {call.group.modules[0]!r} did not go through "
+                    "all that followed it in fuse(); call unfuse() before forward changes its ways"
                 )
         return output

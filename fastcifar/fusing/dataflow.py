@@ -6,6 +6,7 @@ import copy
 import inspect
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,16 +14,18 @@ from torch import fx, nn
 
 from fastcifar.fusing import patterns, reading
 from fastcifar.fusing.patterns import Element, Pattern
-from fastcifar.fusing.reading import Functional
+from fastcifar.fusing.reading import Addition, Functional
 
 
 class Group(NamedTuple):
-    """Modules of one owner that run as one operator: their paths below it, and the activation function that follows
-    the last of them, when that one is fused too."""
+    """What runs as one operator: modules, by their paths below the module that calls them, and functions."""
 
     pattern: Pattern
-    members: tuple[str, ...]
-    functional: Functional | None
+    chain: tuple[str | Functional | Addition, ...]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return tuple(element for element in self.chain if isinstance(element, str))
 
 
 class Outcome(NamedTuple):
@@ -34,11 +37,7 @@ class Outcome(NamedTuple):
 
 class _Tracer(fx.Tracer):
     """Calls forward with the arguments that have no default, and keeps every child as it is, except those that only run
-    their children in order."""
-
-    def __init__(self):
-        super().__init__()
-        self.recomputed: set[str] = set()
+    their children in order. Each node remembers under what switches it was called."""
 
     def is_leaf_module(self, module, qualified_name):
         return not reading.is_sequence(module) or reading.has_hooks(module)
@@ -52,10 +51,12 @@ class _Tracer(fx.Tracer):
 
         return call, [self.root, *positional]
 
-    def call_module(self, module, forward, args, kwargs):
-        if _inside_checkpoint():
-            self.recomputed.add(self.path_of_module(module))
-        return super().call_module(module, forward, args, kwargs)
+    def create_node(self, *args, **kwargs):
+        node = super().create_node(*args, **kwargs)
+        devices = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+        node.meta["switches"] = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), devices)
+        node.meta["recomputed"] = _inside_checkpoint()
+        return node
 
 
 def _inside_checkpoint() -> bool:
@@ -90,11 +91,10 @@ class Trace:
         shadow.training = training
         self.name = f"{type(owner).__name__}.forward"
         self.root = shadow
-        tracer = _Tracer()
         with torch.random.fork_rng(devices=[]):
-            self.graph = tracer.trace(shadow)
-        self.recomputed = tracer.recomputed
+            self.graph = _Tracer().trace(shadow)
         self.calls = Counter(node.target for node in self.graph.nodes if node.op == "call_module")
+        self.claimed: set[fx.Node] = set()
 
     def _after(self, node: fx.Node) -> tuple[fx.Node | None, Element]:
         if not node.users:
@@ -104,24 +104,33 @@ class Trace:
         (user,) = node.users
         if user.op == "output":
             return None, f"{self.name} returns its output"
+        if user.meta["switches"] != node.meta["switches"]:
+            return None, f"{self.name} goes on under another gradient or autocast mode"
         if user.op == "call_module":
-            module = self.root.get_submodule(user.target)
             if user.args != (node,) or user.kwargs:
                 return None, f"{self.name} calls {user.target!r} with more than its output"
-            return user, self._once(user.target, module)
-        target = getattr(torch.Tensor, user.target, None) if user.op == "call_method" else user.target
-        called = getattr(target, "__name__", str(user.target))
-        function = None
-        if user.args and user.args[0] is node and user.all_input_nodes == [node]:
-            function = reading.functional_of(target, user.args[1:], user.kwargs)
-        return user, function or f"followed by {called}, not by BatchNorm2d"
+            return user, self._module(user)
+        return user, self._function(user, node)
 
-    def _once(self, path: str, module: nn.Module) -> Element:
+    def _function(self, user: fx.Node, node: fx.Node) -> Element:
+        target = getattr(torch.Tensor, user.target, None) if user.op == "call_method" else user.target
+        function = reading.function_of(target, user.args, user.kwargs)
+        if isinstance(function, Addition):
+            # The sum runs the group, so the normalised tensor must still be there then, and unchanged.
+            (source,) = node.all_input_nodes[:1]
+            operands = set(user.all_input_nodes)
+            fits = len(operands) == 2 and len(source.users) == 1 and user not in self.claimed
+        else:
+            fits = function is not None and user.args[0] is node and user.all_input_nodes == [node]
+        return function if fits else f"followed by {getattr(target, '__name__', user.target)}, not by BatchNorm2d"
+
+    def _module(self, node: fx.Node) -> Element:
+        module = self.root.get_submodule(node.target)
         stateless = next(module.parameters(), None) is None and next(module.buffers(), None) is None
-        if self.calls[path] > 1 and not stateless:
-            return f"{self.name} calls {path!r} {self.calls[path]} times"
-        if path in self.recomputed:
-            return f"{self.name} calls {path!r} under activation checkpointing"
+        if self.calls[node.target] > 1 and not stateless:
+            return f"{self.name} calls {node.target!r} {self.calls[node.target]} times"
+        if node.meta["recomputed"]:
+            return f"{self.name} calls {node.target!r} under activation checkpointing"
         return module
 
     def group(self, path: str, pattern: Pattern) -> Outcome:
@@ -129,24 +138,23 @@ class Trace:
         node = next((n for n in self.graph.nodes if n.op == "call_module" and n.target == path), None)
         if node is None:
             return Outcome(None, f"{self.name} does not call it")
-        head = self._once(path, self.root.get_submodule(path))
+        head = self._module(node)
         if isinstance(head, str):
             return Outcome(None, head)
         if len(node.args) != 1 or node.kwargs:
             return Outcome(None, f"{self.name} does not call it with one positional argument")
         chain, nodes = [head], [node]
-        while len(chain) < pattern.longest and not isinstance(chain[-1], str):
+        while len(chain) < patterns.LONGEST and not isinstance(chain[-1], str):
             following, element = self._after(nodes[-1])
             chain.append(element)
             nodes.append(following)
         match = pattern.match(chain)
         if isinstance(match, str):
             return Outcome(None, match)
-        last = chain[match.length - 1]
-        functional = last if isinstance(last, Functional) else None
-        members = tuple(n.target for n in nodes[: match.length] if n.op == "call_module")
-        activation = f"{match.activation} (function)" if functional else match.activation
-        return Outcome(Group(pattern, members, functional), activation)
+        matched = list(zip(nodes[: match.length], chain, strict=False))
+        self.claimed.update(n for n, element in matched if isinstance(element, Addition))
+        elements = (n.target if isinstance(element, nn.Module) else element for n, element in matched)
+        return Outcome(Group(pattern, tuple(elements)), match.activation)
 
 
 def _traces(owner: nn.Module) -> list[Trace] | str:
@@ -164,19 +172,22 @@ def _traces(owner: nn.Module) -> list[Trace] | str:
     return traces
 
 
-def find(owner: nn.Module, paths: list[str]) -> dict[str, Outcome]:
-    """What can be fused from each of these paths below `owner` on, whose modules begin patterns; the patterns that
-    come first in `PATTERNS` come first here."""
-    paths = sorted(paths, key=lambda path: patterns.PATTERNS.index(patterns.beginning_at(owner.get_submodule(path))))
+def find(owner: nn.Module, candidates: Sequence[tuple[str, Pattern]]) -> dict[str, Outcome]:
+    """What can be fused from each of these paths below `owner` on, whose modules begin these patterns; the patterns
+    that come first in `PATTERNS` come first here, and have the first choice."""
+    candidates = sorted(candidates, key=lambda candidate: patterns.PATTERNS.index(candidate[1]))
     traces = _traces(owner)
     if isinstance(traces, str):
-        return dict.fromkeys(paths, Outcome(None, traces))
-    found = {}
-    for path in paths:
-        pattern = patterns.beginning_at(owner.get_submodule(path))
+        return {path: Outcome(None, traces) for path, _ in candidates}
+    found, taken = {}, set()
+    for path, pattern in candidates:
+        if path in taken:
+            continue
         trained, evaluated = (trace.group(path, pattern) for trace in traces)
         if trained.group is not None and trained != evaluated:
             reason = f"{reading.describe(owner)}.forward uses it differently in training and in evaluation"
             trained = Outcome(None, reason)
+        if trained.group is not None:
+            taken.update(trained.group.modules)
         found[path] = trained
     return found

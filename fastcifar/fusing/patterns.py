@@ -1,60 +1,68 @@
 """Chains of layers that one operator replaces.
 
-A chain is what follows a module, each element fed by nothing but the one before it and feeding nothing but the next:
-modules, functional activations, and at the end a sentence saying why it goes no further. Another operator is another
-class with the four members of `Pattern`, and an entry in `PATTERNS`.
+A chain is what follows a module, each element fed by nothing but the one before it (an addition also by its other
+operand) and feeding nothing but the next: modules, functions, and at the end a sentence saying why it goes no further.
+
+A pattern has four members. `operator`: its name. `begins(module)`: the report names such a module even when nothing can
+be fused. `match(chain)`: what can be fused of this chain, as its modules are now, or the reason why nothing can; a chain
+that ends before something can be fused is refused with its own last sentence. `run(match, modules, x, residual, impl)`:
+the output of the chain's last matched element, all buffers updated as its modules would.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from fastcifar import functional
 from fastcifar.fusing import reading
-from fastcifar.fusing.reading import Functional
+from fastcifar.fusing.reading import Addition, Functional
 
-Element = nn.Module | Functional | str
+Element = nn.Module | Functional | Addition | str
+LONGEST = 3
 
 
 class Match(NamedTuple):
-    """How many elements of a chain the operator replaces, and with which activation."""
+    """How many elements of a chain the operator replaces, with which activation, and whether it adds a residual."""
 
     length: int
-    activation: str
-    negative_slope: float
+    activation: str = "none"
+    negative_slope: float = 0.01
+    adds: bool = False
 
 
-class Pattern(Protocol):
-    """A chain of layers and the operator that equals it; without state."""
+def _after_norm(norm: nn.Module, chain: Sequence[Element], length: int, adds: bool) -> Match | str:
+    """The match of a chain whose first `length` elements are fused, with the activation that follows them, if any."""
+    activation = reading.built_in_activation(norm)
+    if isinstance(activation, str):
+        return activation
+    if activation is not None and not adds:
+        return Match(length, *activation)
+    activation = reading.activation_of(chain[length]) if len(chain) > length else None
+    return Match(length, adds=adds) if activation is None else Match(length + 1, *activation, adds)
 
-    operator: str
 
-    @property
-    def longest(self) -> int:
-        """The greatest length of a match."""
-
-    def begins(self, module: nn.Module) -> bool:
-        """A match could start here: the report names such a module even when nothing can be fused."""
-
-    def match(self, chain: Sequence[Element]) -> Match | str:
-        """What can be fused of this chain, as its modules are now, or the reason why nothing can.
-
-        A chain that ends before something can be fused is refused with its own last sentence.
-        """
-
-    def run(self, match: Match, members: Sequence[nn.Module], x: torch.Tensor, impl: str) -> torch.Tensor:
-        """The output of the chain's last matched element; updates buffers as the members would."""
+def _norm_arguments(norm: nn.Module, match: Match) -> tuple[tuple[torch.Tensor | None, ...], dict[str, Any]]:
+    """What the operators take of a batch normalisation and its activation; counts the batch."""
+    state = reading.advance_batch_norm(norm)
+    options = {
+        "activation": match.activation,
+        "negative_slope": match.negative_slope,
+        "training": state.training,
+        "momentum": state.momentum,
+        "eps": norm.eps,
+        "process_group": state.process_group,
+    }
+    return (norm.weight, norm.bias, state.running_mean, state.running_var), options
 
 
 class DepthwiseConvBNAct:
     """Depthwise Conv2d → BatchNorm2d (or SyncBatchNorm, or timm's BatchNormAct2d) → activation, if there is one."""
 
     operator = "depthwise_conv_bn_act"
-    longest = 3
 
     def begins(self, module: nn.Module) -> bool:
         return reading.is_grouped_convolution(module)
@@ -62,48 +70,53 @@ class DepthwiseConvBNAct:
     def match(self, chain: Sequence[Element]) -> Match | str:
         conv, *rest = chain
         obstacle = reading.depthwise_obstacle(conv)
-        if obstacle is None:
-            norm = rest[0] if rest else "nothing follows it"
-            obstacle = reading.batch_norm_obstacle(norm, conv.out_channels)
         if obstacle is not None:
             return obstacle
-        activation = reading.built_in_activation(norm)
-        if isinstance(activation, str):
-            return activation
-        if activation is not None:
-            return Match(2, *activation)
-        activation = reading.activation_of(rest[1]) if len(rest) > 1 else None
-        return Match(2, "none", 0.01) if activation is None else Match(3, *activation)
+        norm = rest[0]
+        if isinstance(norm, str):
+            return norm
+        if not reading.is_batch_norm(norm):
+            return f"followed by {reading.describe(norm)}, not by BatchNorm2d"
+        obstacle = reading.batch_norm_obstacle(norm)
+        if obstacle is None and norm.num_features != conv.out_channels:
+            obstacle = f"{reading.describe(norm)} has {norm.num_features} channels, the convolution {conv.out_channels}"
+        return obstacle or _after_norm(norm, chain, 2, adds=False)
 
-    def run(self, match: Match, members: Sequence[nn.Module], x: torch.Tensor, impl: str) -> torch.Tensor:
-        conv, norm = members[:2]
-        state = reading.advance_batch_norm(norm)
-        return functional.depthwise_conv_bn_act(
-            x,
-            conv.weight,
-            norm.weight,
-            norm.bias,
-            state.running_mean,
-            state.running_var,
-            stride=conv.stride,
-            padding=reading.padding_of(conv),
-            dilation=conv.dilation,
-            activation=match.activation,
-            negative_slope=match.negative_slope,
-            training=state.training,
-            momentum=state.momentum,
-            eps=norm.eps,
-            process_group=state.process_group,
-            impl=impl,
-        )
+    def run(self, match: Match, modules: Sequence[nn.Module], x: torch.Tensor, residual: None, impl: str):
+        conv, norm = modules[:2]
+        tensors, options = _norm_arguments(norm, match)
+        geometry = {"stride": conv.stride, "padding": reading.padding_of(conv), "dilation": conv.dilation}
+        return functional.depthwise_conv_bn_act(x, conv.weight, *tensors, **geometry, **options, impl=impl)
 
 
-PATTERNS: tuple[Pattern, ...] = (DepthwiseConvBNAct(),)
+class BatchNormAct:
+    """BatchNorm2d (or SyncBatchNorm, or timm's BatchNormAct2d) → addition → activation, if there are such."""
+
+    operator = "batch_norm_act"
+
+    def begins(self, module: nn.Module) -> bool:
+        return reading.is_batch_norm(module)
+
+    def match(self, chain: Sequence[Element]) -> Match | str:
+        norm, *rest = chain
+        obstacle = reading.batch_norm_obstacle(norm)
+        if obstacle is not None:
+            return obstacle
+        adds = bool(rest) and isinstance(rest[0], Addition) and reading.built_in_activation(norm) in (None, ("none", 0.01))
+        return _after_norm(norm, chain, 1 + adds, adds)
+
+    def run(self, match: Match, modules: Sequence[nn.Module], x: torch.Tensor, residual: torch.Tensor | None, impl: str):
+        tensors, options = _norm_arguments(modules[0], match)
+        return functional.batch_norm_act(x, *tensors, residual, **options, impl=impl)
 
 
-def beginning_at(module: nn.Module) -> Pattern | None:
+Pattern = DepthwiseConvBNAct | BatchNormAct
+PATTERNS: tuple[Pattern, ...] = (DepthwiseConvBNAct(), BatchNormAct())
+
+
+def beginning_at(module: nn.Module, patterns: Sequence[Pattern] = PATTERNS) -> Pattern | None:
     """The pattern that could start at this module."""
-    return next((pattern for pattern in PATTERNS if pattern.begins(module)), None)
+    return next((pattern for pattern in patterns if pattern.begins(module)), None)
 
 
 def applies_to(x: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,12 +12,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from fastcifar.nn.batch_norm import BatchNormAct, advance_momentum
+
 
 class Functional(NamedTuple):
     """An activation called as a function, with the `leaky_relu` slope; `label` is how the code called it."""
 
     activation: str
     negative_slope: float
+    label: str
+
+
+class Addition(NamedTuple):
+    """A sum of two tensors, one of them the chain's; `label` is how the code called it."""
+
     label: str
 
 
@@ -33,13 +42,22 @@ _FUNCTIONS = {
     F.leaky_relu: "leaky_relu",
     F.leaky_relu_: "leaky_relu",
 }
+IN_PLACE_ADDITIONS = (operator.iadd, torch.Tensor.add_, torch.Tensor.__iadd__)
+_ADDITIONS = (
+    operator.add,
+    torch.add,
+    torch.Tensor.add,
+    torch.Tensor.__add__,
+    torch.Tensor.__radd__,
+    *IN_PLACE_ADDITIONS,
+)
 _NO_SHAPE = "{} has no shape yet; run the model once, then fuse it"
 _TIMM_NORM_ACT = ("timm.layers.norm_act", "BatchNormAct2d.forward")
 
 
 def describe(module: object) -> str:
     """A module's class, or a function's name, for messages."""
-    if isinstance(module, Functional):
+    if isinstance(module, (Functional, Addition)):
         return module.label
     return getattr(module, "original_name", type(module).__name__)
 
@@ -66,6 +84,8 @@ def has_hooks(module: nn.Module) -> bool:
 def _taken_over_obstacle(module: nn.Module) -> str | None:
     if has_hooks(module):
         return f"hooks on the {describe(module)}"
+    if "parametrizations" in module._modules:
+        return f"the {describe(module)} is parametrised"
     if type(module).__call__ is not nn.Module.__call__:
         return f"{describe(module)} has its own __call__"
     return None
@@ -117,24 +137,20 @@ def _is_timm_norm_act(norm: nn.Module) -> bool:
     return (getattr(forward, "__module__", ""), getattr(forward, "__qualname__", "")) == _TIMM_NORM_ACT
 
 
-def batch_norm_obstacle(norm: object, channels: int) -> str | None:
-    """Why this is not a batch normalisation of `channels` channels that an operator can stand in for, or None."""
-    if isinstance(norm, str):
-        return norm
-    if not isinstance(norm, nn.Module):
-        return f"followed by {describe(norm)}, not by BatchNorm2d"
+def is_batch_norm(module: object) -> bool:
+    """A two-dimensional batch normalisation of any kind, those of this package excepted: they are fused already."""
+    return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) and not isinstance(module, BatchNormAct)
+
+
+def batch_norm_obstacle(norm: nn.Module) -> str | None:
+    """Why no operator can stand in for this batch normalisation; None when one can."""
     if isinstance(norm, LazyModuleMixin):
         return _NO_SHAPE.format(describe(norm))
-    forward = forward_of(norm)
-    plain = forward is nn.BatchNorm2d.forward and isinstance(norm, nn.BatchNorm2d)
-    if not (plain or forward is nn.SyncBatchNorm.forward or _is_timm_norm_act(norm)):
-        own = " with its own forward" if isinstance(norm, nn.BatchNorm2d) else ", not by BatchNorm2d"
-        return f"followed by {describe(norm)}{own}"
+    if forward_of(norm) not in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward) and not _is_timm_norm_act(norm):
+        return f"{describe(norm)} has its own forward"
     obstacle = _taken_over_obstacle(norm)
     if obstacle is not None:
         return obstacle
-    if norm.num_features != channels:
-        return f"{describe(norm)} has {norm.num_features} channels, the convolution {channels}"
     if (norm.running_mean is None) != (norm.running_var is None):
         return f"{describe(norm)} has only one of running_mean and running_var"
     if norm.momentum is not None and not 0.0 <= norm.momentum <= 1.0:
@@ -172,17 +188,21 @@ def built_in_activation(norm: nn.Module) -> tuple[str, float] | str | None:
     return activation_of(norm.act) or f"{describe(norm)} applies {describe(norm.act)}"
 
 
-def functional_of(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Functional | None:
-    """The activation that `function(y, *args, **kwargs)` applies to y; None when it is not one that can be fused."""
+def function_of(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Functional | Addition | None:
+    """What `function(*args, **kwargs)` applies to its first argument, an addition also to its second; None when it is
+    nothing that can be fused."""
+    label = getattr(function, "__name__", str(function))
+    if function in _ADDITIONS and len(args) == 2 and not kwargs:
+        return Addition(label)
     activation = _FUNCTIONS.get(function)
     if activation is None:
         return None
     slope = 0.01
     if activation == "leaky_relu":
-        slope = args[0] if args else kwargs.get("negative_slope", slope)
+        slope = args[1] if len(args) > 1 else kwargs.get("negative_slope", slope)
     if not isinstance(slope, (int, float)):
         return None
-    return Functional(activation, float(slope), getattr(function, "__name__", activation))
+    return Functional(activation, float(slope), label)
 
 
 class BatchNormState(NamedTuple):
@@ -206,17 +226,12 @@ def _synchronised_group(norm: nn.Module) -> dist.ProcessGroup | None:
 
 def advance_batch_norm(norm: nn.Module) -> BatchNormState:
     """Counts the batch as the module's own forward would, and returns what it would normalise with."""
-    momentum = 0.0 if norm.momentum is None else norm.momentum
-    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if norm.momentum is None:
-            momentum = 1.0 / float(norm.num_batches_tracked)
-    by_batch = norm.training or (norm.running_mean is None and norm.running_var is None)
+    momentum = advance_momentum(norm) if norm.track_running_stats else norm.momentum or 0.0
     buffers = not norm.training or norm.track_running_stats
     return BatchNormState(
         norm.running_mean if buffers else None,
         norm.running_var if buffers else None,
-        by_batch,
+        norm.training or norm.running_mean is None,
         momentum,
         _synchronised_group(norm),
     )

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from torch import nn
 
 from fastcifar.fusing import patterns, reading
-from fastcifar.fusing.patterns import Match, Pattern
+from fastcifar.fusing.patterns import LONGEST, Match, Pattern
 from fastcifar.fusing.substitution import Substitute
 
-LAST = "it is the last of its Sequential"
+_LAST = "it is the last of its Sequential"
 
 
 class FusedSequence(Substitute):
@@ -34,28 +35,39 @@ class FusedSequence(Substitute):
             if pattern is None or not patterns.applies_to(input):
                 input = children[index](input)
                 continue
-            match = pattern.match(children[index : index + pattern.longest])
+            match = pattern.match([*children[index : index + LONGEST], _LAST])
             if isinstance(match, str):
                 input = children[index](input)
                 continue
             taken = index + match.length
-            input = pattern.run(match, children[index:taken], input, impl)
+            input = pattern.run(match, children[index:taken], input, None, impl)
         return input
 
 
-def find(sequence: nn.Sequential) -> Iterator[tuple[str, Pattern, list[str], Match | str]]:
-    """For every child that begins a pattern: its name, the pattern, the names of the group (of the child alone if
-    there is none), and the match or the reason why there is none."""
+class Place(NamedTuple):
+    """A child that begins a pattern, the names of its group here and its activation, or the reason why it has none;
+    `open` when what follows the Sequential could belong to the group."""
+
+    pattern: Pattern
+    names: tuple[str, ...]
+    match: Match | str
+    open: bool
+
+
+def find(sequence: nn.Sequential, chosen: Sequence[Pattern]) -> Iterator[Place]:
+    """Every child of `sequence` that begins one of the chosen patterns and is not in the group of another."""
     names, children = list(sequence._modules), list(sequence._modules.values())
     taken = 0
     for index, child in enumerate(children):
-        pattern = patterns.beginning_at(child)
+        pattern = patterns.beginning_at(child, chosen)
         if pattern is None or index < taken:
             continue
-        match = pattern.match([*children[index : index + pattern.longest], LAST])
-        length = 1 if isinstance(match, str) else match.length
-        taken = index + length
-        yield names[index], pattern, names[index:taken], match
+        match = pattern.match([*children[index : index + LONGEST], _LAST])
+        if isinstance(match, str):
+            yield Place(pattern, (names[index],), match, match == _LAST)
+            continue
+        taken = index + match.length
+        yield Place(pattern, tuple(names[index:taken]), match, taken == len(names) and match.activation == "none")
 
 
 def is_container(module: nn.Module) -> bool:
