@@ -19,7 +19,7 @@ from torch import nn, overrides
 from fastcifar.fusing import patterns, reading
 from fastcifar.fusing.dataflow import Group
 from fastcifar.fusing.patterns import Match
-from fastcifar.fusing.reading import Addition
+from fastcifar.fusing.reading import Addition, Functional
 from fastcifar.fusing.sequences import is_container
 from fastcifar.fusing.substitution import Substitute
 
@@ -154,10 +154,17 @@ def _resolve(owner: nn.Module, path: str) -> nn.Module | None:
     return module if isinstance(module, FusedMember) else None
 
 
+def _seen_by_modes(chain: list[Any]) -> list[Any]:
+    """The chain up to a function that torch.compile replaces by what is inside it, before a mode could see it."""
+    return chain[:-1] if isinstance(chain[-1], Functional) and chain[-1].activation == "hardswish" else chain
+
+
 def _prepare(owner: nn.Module, group: Group, impl: str) -> _Call | None:
     chain = [_resolve(owner, element) if isinstance(element, str) else element for element in group.chain]
     if any(element is None for element in chain):
         return None
+    if torch.compiler.is_compiling():
+        chain = _seen_by_modes(chain)
     match = group.pattern.match(chain)
     return None if isinstance(match, str) else _Call(group, match, chain[: match.length], impl)
 
@@ -176,7 +183,8 @@ class FusedOwner(Substitute):
         traced_form = len(args) + len(kwargs) == len(arguments) and all(name in arguments for name in kwargs)
         if torch.compiler.is_exporting() or not traced_form:
             return super().forward(*args, **kwargs)
-        calls = [call for group in groups if (call := _prepare(self, group, impl)) is not None]
+        prepared = [_prepare(self, group, impl) for group in groups]
+        calls = [call for call in prepared if call is not None]
         for call in calls:
             for member in call.modules:
                 member.arm(call)

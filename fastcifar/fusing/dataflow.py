@@ -141,8 +141,8 @@ class Trace:
         head = self._module(node)
         if isinstance(head, str):
             return Outcome(None, head)
-        if len(node.args) != 1 or node.kwargs:
-            return Outcome(None, f"{self.name} does not call it with one positional argument")
+        if len(node.args) != 1 or not isinstance(node.args[0], fx.Node) or node.kwargs:
+            return Outcome(None, f"{self.name} does not call it with one positional tensor")
         chain, nodes = [head], [node]
         while len(chain) < patterns.LONGEST and not isinstance(chain[-1], str):
             following, element = self._after(nodes[-1])

@@ -3,10 +3,10 @@
 A chain is what follows a module, each element fed by nothing but the one before it (an addition also by its other
 operand) and feeding nothing but the next: modules, functions, and at the end a sentence saying why it goes no further.
 
-A pattern has four members. `operator`: its name. `begins(module)`: the report names such a module even when nothing can
-be fused. `match(chain)`: what can be fused of this chain, as its modules are now, or the reason why nothing can; a chain
-that ends before something can be fused is refused with its own last sentence. `run(match, modules, x, residual, impl)`:
-the output of the chain's last matched element, all buffers updated as its modules would.
+A pattern has four members. `operator`: its name. `begins(module)`: the report names such a module even when nothing
+can be fused. `match(chain)`: what can be fused of this chain, as its modules are now, or the reason why nothing can; a
+chain that ends before something can be fused is refused with its own last sentence. `run(match, modules, x, residual,
+impl)`: the output of the chain's last matched element, all buffers updated as its modules would.
 """
 
 from __future__ import annotations
@@ -34,13 +34,16 @@ class Match(NamedTuple):
     adds: bool = False
 
 
-def _after_norm(norm: nn.Module, chain: Sequence[Element], length: int, adds: bool) -> Match | str:
-    """The match of a chain whose first `length` elements are fused, with the activation that follows them, if any."""
-    activation = reading.built_in_activation(norm)
+def _after_norm(chain: Sequence[Element], position: int, *, may_add: bool) -> Match | str:
+    """The match of a chain that can be fused up to the batch normalisation at `position`, with what follows that."""
+    activation = reading.built_in_activation(chain[position])
     if isinstance(activation, str):
         return activation
-    if activation is not None and not adds:
+    length = position + 1
+    if activation is not None:
         return Match(length, *activation)
+    adds = may_add and len(chain) > length and isinstance(chain[length], Addition)
+    length += adds
     activation = reading.activation_of(chain[length]) if len(chain) > length else None
     return Match(length, adds=adds) if activation is None else Match(length + 1, *activation, adds)
 
@@ -80,9 +83,9 @@ class DepthwiseConvBNAct:
         obstacle = reading.batch_norm_obstacle(norm)
         if obstacle is None and norm.num_features != conv.out_channels:
             obstacle = f"{reading.describe(norm)} has {norm.num_features} channels, the convolution {conv.out_channels}"
-        return obstacle or _after_norm(norm, chain, 2, adds=False)
+        return obstacle or _after_norm(chain, 1, may_add=False)
 
-    def run(self, match: Match, modules: Sequence[nn.Module], x: torch.Tensor, residual: None, impl: str):
+    def run(self, match: Match, modules: Sequence[nn.Module], x: torch.Tensor, residual, impl: str) -> torch.Tensor:
         conv, norm = modules[:2]
         tensors, options = _norm_arguments(norm, match)
         geometry = {"stride": conv.stride, "padding": reading.padding_of(conv), "dilation": conv.dilation}
@@ -98,14 +101,9 @@ class BatchNormAct:
         return reading.is_batch_norm(module)
 
     def match(self, chain: Sequence[Element]) -> Match | str:
-        norm, *rest = chain
-        obstacle = reading.batch_norm_obstacle(norm)
-        if obstacle is not None:
-            return obstacle
-        adds = bool(rest) and isinstance(rest[0], Addition) and reading.built_in_activation(norm) in (None, ("none", 0.01))
-        return _after_norm(norm, chain, 1 + adds, adds)
+        return reading.batch_norm_obstacle(chain[0]) or _after_norm(chain, 0, may_add=True)
 
-    def run(self, match: Match, modules: Sequence[nn.Module], x: torch.Tensor, residual: torch.Tensor | None, impl: str):
+    def run(self, match: Match, modules: Sequence[nn.Module], x: torch.Tensor, residual, impl: str) -> torch.Tensor:
         tensors, options = _norm_arguments(modules[0], match)
         return functional.batch_norm_act(x, *tensors, residual, **options, impl=impl)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -91,14 +92,11 @@ class Plan:
         for step in self.in_sequences:
             substitute(step.caller, FusedSequence, {})
             step.caller._fused_implementations[step.group.chain[0]] = impl
-        groups: dict[nn.Module, list[Group]] = {}
-        for step in self.in_forwards:
-            groups.setdefault(step.caller, []).append(step.group)
-        for owner, of_owner in groups.items():
-            for path in (path for group in of_owner for path in group.modules):
+        for owner, steps in itertools.groupby(self.in_forwards, key=lambda step: step.caller):
+            groups = tuple(step.group for step in steps)
+            for path in (path for group in groups for path in group.modules):
                 substitute(owner.get_submodule(path), FusedMember, {})
-            arguments = dataflow.required_arguments(owner)
-            substitute(owner, FusedOwner, OwnerPlan(tuple(of_owner), arguments, impl))
+            substitute(owner, FusedOwner, OwnerPlan(groups, dataflow.required_arguments(owner), impl))
 
     def _skip(self, path: str, reason: str) -> None:
         self.skipped.append(Skipped(path, reason))
@@ -117,7 +115,12 @@ class Plan:
                 continue
             for name, child in holder._modules.items():
                 pattern = None if child is None else patterns.beginning_at(child, self.chosen)
-                if pattern is not None:
+                if pattern is None:
+                    continue
+                alone = pattern.match([child, sequences.LAST])
+                if isinstance(alone, str) and alone != sequences.LAST:
+                    self._skip(_join(path, _join(below, name)), alone)
+                else:
                     undecided[_join(below, name)] = pattern, None
         if undecided:
             self._visit_forward(path, owner, undecided)

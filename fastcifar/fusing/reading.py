@@ -42,15 +42,8 @@ _FUNCTIONS = {
     F.leaky_relu: "leaky_relu",
     F.leaky_relu_: "leaky_relu",
 }
-IN_PLACE_ADDITIONS = (operator.iadd, torch.Tensor.add_, torch.Tensor.__iadd__)
-_ADDITIONS = (
-    operator.add,
-    torch.add,
-    torch.Tensor.add,
-    torch.Tensor.__add__,
-    torch.Tensor.__radd__,
-    *IN_PLACE_ADDITIONS,
-)
+IN_PLACE_ADDITIONS = (operator.iadd, torch.Tensor.add_)
+_ADDITIONS = (operator.add, torch.add, torch.Tensor.add, *IN_PLACE_ADDITIONS)
 _NO_SHAPE = "{} has no shape yet; run the model once, then fuse it"
 _TIMM_NORM_ACT = ("timm.layers.norm_act", "BatchNormAct2d.forward")
 

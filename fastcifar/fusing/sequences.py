@@ -11,7 +11,7 @@ from fastcifar.fusing import patterns, reading
 from fastcifar.fusing.patterns import LONGEST, Match, Pattern
 from fastcifar.fusing.substitution import Substitute
 
-_LAST = "it is the last of its Sequential"
+LAST = "it is the last of its Sequential"
 
 
 class FusedSequence(Substitute):
@@ -35,7 +35,7 @@ class FusedSequence(Substitute):
             if pattern is None or not patterns.applies_to(input):
                 input = children[index](input)
                 continue
-            match = pattern.match([*children[index : index + LONGEST], _LAST])
+            match = pattern.match([*children[index : index + LONGEST], LAST])
             if isinstance(match, str):
                 input = children[index](input)
                 continue
@@ -62,9 +62,9 @@ def find(sequence: nn.Sequential, chosen: Sequence[Pattern]) -> Iterator[Place]:
         pattern = patterns.beginning_at(child, chosen)
         if pattern is None or index < taken:
             continue
-        match = pattern.match([*children[index : index + LONGEST], _LAST])
+        match = pattern.match([*children[index : index + LONGEST], LAST])
         if isinstance(match, str):
-            yield Place(pattern, (names[index],), match, match == _LAST)
+            yield Place(pattern, (names[index],), match, match == LAST)
             continue
         taken = index + match.length
         yield Place(pattern, tuple(names[index:taken]), match, taken == len(names) and match.activation == "none")
