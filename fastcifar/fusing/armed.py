@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn, overrides
+from torch import nn
 
 from fastcifar.fusing import patterns, reading
 from fastcifar.fusing.dataflow import Group
@@ -52,7 +52,7 @@ class _Call:
 
     def run(self, residual: torch.Tensor | None = None) -> torch.Tensor:
         x, self.input = self.input, None
-        return self.group.pattern.run(self.match, self.modules, x, residual, self.impl)
+        return patterns.run(self.group.pattern, self.match, self.modules, x, residual, self.impl)
 
     def start(self, x: torch.Tensor) -> torch.Tensor:
         self.input = x
@@ -125,7 +125,7 @@ class FusedMember(Substitute):
             self._fused_calls.pop(_thread(), None)
 
 
-class _Functions(overrides.TorchFunctionMode):
+class _Functions(patterns.Watch):
     """Shows the groups that contain functions every function that is called, so that they find theirs."""
 
     def __init__(self, calls: list[_Call]):

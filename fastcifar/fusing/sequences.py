@@ -40,7 +40,7 @@ class FusedSequence(Substitute):
                 input = children[index](input)
                 continue
             taken = index + match.length
-            input = pattern.run(match, children[index:taken], input, None, impl)
+            input = patterns.run(pattern, match, children[index:taken], input, None, impl)
         return input
 
 
