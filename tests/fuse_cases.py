@@ -41,6 +41,31 @@ class Optional(Forward):
         return y if residual is None else y + residual
 
 
+class BasicBlock(nn.Module):
+    """The residual block of ResNet-18, as torchvision writes it."""
+
+    def __init__(self, inputs, outputs, stride=1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample = None
+        if stride > 1 or inputs != outputs:
+            shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(outputs))
+
+    def forward(self, x):
+        identity = x
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
+
+
 class TwoSharingAnActivation(nn.Module):
     def __init__(self):
         super().__init__()
@@ -123,19 +148,71 @@ SEQUENCES = {
     "no activation within": (lambda: sequence(BatchNormAct2d(CHANNELS, nn.Identity())), "none"),
 }
 
+# the activation, and the last member of the group
 FORWARDS = {
-    "modules": (lambda m, x: m.relu(m.bn(m.conv(x))), "relu"),
-    "F.relu": (lambda m, x: F.relu(m.bn(m.conv(x))), "relu (function)"),
-    "F.relu inplace": (lambda m, x: F.relu(m.bn(m.conv(x)), inplace=True), "relu (function)"),
-    "torch.relu": (lambda m, x: torch.relu(m.bn(m.conv(x))), "relu (function)"),
-    "method relu": (lambda m, x: m.bn(m.conv(x)).relu_(), "relu (function)"),
-    "F.relu6": (lambda m, x: F.relu6(m.bn(m.conv(x))), "relu6 (function)"),
-    "F.silu": (lambda m, x: F.silu(m.bn(m.conv(x))), "silu (function)"),
-    "F.hardswish": (lambda m, x: F.hardswish(m.bn(m.conv(x))), "hardswish (function)"),
-    "F.leaky_relu": (lambda m, x: F.leaky_relu(m.bn(m.conv(x)), 0.3), "leaky_relu (function)"),
-    "activated elsewhere": (lambda m, x: torch.sigmoid(m.bn(m.conv(x))), "none"),
-    "norm output used twice": (lambda m, x: (lambda y: F.relu(y) + y)(m.bn(m.conv(x))), "none"),
-    "relu before and after": (lambda m, x: m.relu(m.relu(m.bn(m.conv(m.relu(x + 1)))) - 1), "relu"),
+    "modules": (lambda m, x: m.relu(m.bn(m.conv(x))), "relu", "relu"),
+    "F.relu": (lambda m, x: F.relu(m.bn(m.conv(x))), "relu", "relu()"),
+    "F.relu inplace": (lambda m, x: F.relu(m.bn(m.conv(x)), inplace=True), "relu", "relu()"),
+    "torch.relu": (lambda m, x: torch.relu(m.bn(m.conv(x))), "relu", "relu()"),
+    "method relu": (lambda m, x: m.bn(m.conv(x)).relu_(), "relu", "relu_()"),
+    "F.relu6": (lambda m, x: F.relu6(m.bn(m.conv(x))), "relu6", "relu6()"),
+    "F.silu": (lambda m, x: F.silu(m.bn(m.conv(x))), "silu", "silu()"),
+    "F.hardswish": (lambda m, x: F.hardswish(m.bn(m.conv(x))), "hardswish", "hardswish()"),
+    "F.leaky_relu": (lambda m, x: F.leaky_relu(m.bn(m.conv(x)), 0.3), "leaky_relu", "leaky_relu()"),
+    "activated elsewhere": (lambda m, x: torch.sigmoid(m.bn(m.conv(x))), "none", "bn"),
+    "norm output used twice": (lambda m, x: (lambda y: F.relu(y) + y)(m.bn(m.conv(x))), "none", "bn"),
+    "relu before and after": (lambda m, x: m.relu(m.relu(m.bn(m.conv(m.relu(x + 1)))) - 1), "relu", "relu"),
+}
+
+
+def _add_in_place(m, x):
+    y = m.bn(m.conv(x))
+    y += x
+    return m.relu(y)
+
+
+def _add_into_the_other(m, x):
+    y = x * 2
+    y += m.bn(m.conv(x))
+    return F.relu(y) + y
+
+
+def _add_what_comes_later(m, x):
+    y = m.bn(m.conv(x))
+    return F.silu(y + m.relu(m.conv2(x)))
+
+
+def _without_gradient(m, x):
+    with torch.no_grad():
+        y = m.bn(m.conv(x))
+    return F.relu(y + x)
+
+
+def _input_used_later(m, x):
+    y = m.conv(x)
+    z = m.bn(y)
+    return z + x + y
+
+
+# what follows a pointwise convolution: members of the group, activation, and whether the operator gets a residual
+RESIDUALS = {
+    "activation": (lambda m, x: m.relu(m.bn(m.conv(x))), ("bn", "relu"), "relu", False),
+    "function": (lambda m, x: F.hardswish(m.bn(m.conv(x))), ("bn", "hardswish()"), "hardswish", False),
+    "norm alone": (lambda m, x: m.bn(m.conv(x)), ("bn",), "none", False),
+    "addition": (lambda m, x: m.bn(m.conv(x)) + x, ("bn", "add()"), "none", True),
+    "addition from the right": (lambda m, x: x + m.bn(m.conv(x)), ("bn", "add()"), "none", True),
+    "addition in place": (_add_in_place, ("bn", "add()", "relu"), "relu", True),
+    "addition into the other": (_add_into_the_other, ("bn", "add()"), "none", False),
+    "addition of what comes later": (_add_what_comes_later, ("bn", "add()", "silu()"), "silu", True),
+    "torch.add": (lambda m, x: m.relu(torch.add(m.bn(m.conv(x)), x)), ("bn", "add()", "relu"), "relu", True),
+    "method add_": (lambda m, x: m.bn(m.conv(x)).add_(x).relu(), ("bn", "add_()", "relu()"), "relu", True),
+    "scaled addition": (lambda m, x: torch.add(m.bn(m.conv(x)), x, alpha=2), ("bn",), "none", False),
+    "addition of a number": (lambda m, x: m.bn(m.conv(x)) + 1, ("bn",), "none", False),
+    "addition to itself": (lambda m, x: (lambda y: y + y)(m.bn(m.conv(x))), ("bn",), "none", False),
+    "broadcast addition": (lambda m, x: m.relu(m.bn(m.conv(x)) + x[:1]), ("bn", "add()", "relu"), "none", False),
+    "promoted addition": (lambda m, x: m.relu(m.bn(m.conv(x)) + x.float()), ("bn", "add()", "relu"), "none", False),
+    "another gradient mode": (_without_gradient, ("bn",), "none", False),
+    "input used later": (_input_used_later, ("bn",), "none", False),
 }
 
 
@@ -166,7 +243,7 @@ SKIPPED = {
     ),
     "no norm": (lambda: sequence(nn.ReLU()), "followed by ReLU, not by BatchNorm2d"),
     "other norm": (lambda: sequence(nn.GroupNorm(2, CHANNELS)), "followed by GroupNorm, not by"),
-    "norm subclass": (lambda: sequence(BatchNormWithForward(CHANNELS)), "BatchNormWithForward with its own forward"),
+    "norm subclass": (lambda: sequence(BatchNormWithForward(CHANNELS)), "BatchNormWithForward has its own forward"),
     "odd momentum": (
         lambda: sequence(nn.BatchNorm2d(CHANNELS, momentum=1.5)), r"momentum 1.5, which is not in \[0, 1\]"
     ),
@@ -186,9 +263,9 @@ SKIPPED = {
     "called twice": (lambda: Forward(lambda m, x: m.bn(m.conv(m.conv(x)))), "calls 'conv' 2 times"),
     "norm called twice": (lambda: Forward(lambda m, x: m.bn(m.bn(m.conv(x)))), "calls 'bn' 2 times"),
     "not called": (lambda: Forward(lambda m, x: m.bn(x)), "Forward.forward does not call it"),
-    "called by keyword": (lambda: Forward(lambda m, x: m.bn(m.conv(input=x))), "with one positional argument"),
+    "called by keyword": (lambda: Forward(lambda m, x: m.bn(m.conv(input=x))), "with one positional tensor"),
     "output not used": (lambda: Forward(lambda m, x: (m.conv(x), m.bn(x))[1]), "does not use its output"),
-    "function between": (lambda: Forward(lambda m, x: m.bn(F.relu(m.conv(x)))), "followed by relu, not by"),
+    "function between": (lambda: Forward(lambda m, x: m.bn(F.relu(m.conv(x)))), "followed by relu, not by BatchNorm2d"),
     "checkpoint": (
         lambda: Forward(lambda m, x: checkpoint(lambda y: m.bn(m.conv(y)), x, use_reentrant=False)),
         "calls 'conv' under activation checkpointing",

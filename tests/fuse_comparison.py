@@ -11,17 +11,18 @@ from fastcifar import functional
 from fastcifar.fuse import fuse
 
 
-def record_operators(monkeypatch):
-    """A list that gets the activation of each fused operator as it runs."""
-    activations = []
-    operator = functional.depthwise_conv_bn_act
+def record_operators(monkeypatch, name="depthwise_conv_bn_act"):
+    """A list that gets the activation of each fused operator as it runs; for batch_norm_act, whether it adds, too."""
+    calls = []
+    operator = getattr(functional, name)
 
     def recorded(*args, **kwargs):
-        activations.append(kwargs["activation"])
+        adds = args[5] is not None if name == "batch_norm_act" else None
+        calls.append(kwargs["activation"] if adds is None else (kwargs["activation"], adds))
         return operator(*args, **kwargs)
 
-    monkeypatch.setattr(functional, "depthwise_conv_bn_act", recorded)
-    return activations
+    monkeypatch.setattr(functional, name, recorded)
+    return calls
 
 
 def image(channels=4, size=9, dtype=torch.float64, seed=0):

@@ -6,13 +6,12 @@ import fuse_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from fuse_cases import CHANNELS, FORWARDS, SEQUENCES, SKIPPED, Block, Forward, depthwise, sequence
+from fuse_cases import CHANNELS, FORWARDS, RESIDUALS, SEQUENCES, SKIPPED, Block, Forward, depthwise, sequence
 from fuse_comparison import assert_fused_equals_original, image, make, record_operators
 from torch import nn
 
 from fastcifar import dispatch
 from fastcifar.fuse import fuse, unfuse
-from fastcifar.fusing import patterns
 
 # dtype and tolerance by implementation
 IMPLEMENTATIONS = {"reference": (torch.float64, 1e-12)}
@@ -41,12 +40,41 @@ def test_sequences(case, impl, ran):
 
 @pytest.mark.parametrize("case", FORWARDS)
 def test_forwards(case, impl, ran):
-    function, activation = FORWARDS[case]
+    function, activation, last = FORWARDS[case]
     dtype, tolerance = IMPLEMENTATIONS[impl]
     model = make(lambda: Forward(function), dtype)
     report = assert_fused_equals_original(model, image(dtype=dtype), tolerance, impl=impl)
-    assert [entry.activation for entry in report.fused] == [activation] and not report.skipped
-    assert ran == [activation.removesuffix(" (function)")] * 3
+    assert [(entry.activation, entry.members[-1]) for entry in report.fused] == [(activation, last)]
+    assert not report.skipped and ran == [activation] * 3
+
+
+@pytest.mark.parametrize("case", RESIDUALS)
+def test_batch_norm_residual_and_activation(case, impl, monkeypatch):
+    function, members, activation, adds = RESIDUALS[case]
+    dtype, tolerance = IMPLEMENTATIONS[impl]
+    ran = record_operators(monkeypatch, "batch_norm_act")
+    pointwise = {"conv": nn.Conv2d(CHANNELS, CHANNELS, 1), "conv2": nn.Conv2d(CHANNELS, CHANNELS, 1)}
+    model = make(lambda: Forward(function, **pointwise), dtype)
+    twin = copy.deepcopy(model)
+    report = assert_fused_equals_original(model, image(dtype=dtype), tolerance, impl=impl)
+    assert [entry.members for entry in report.fused] == [members] and not report.skipped
+    assert ran == [(activation, adds)] * 3
+    assert not fuse(twin, batch_norm=False).fused and unfuse(twin) == 0
+
+
+def test_residual_blocks(impl, monkeypatch):
+    dtype, tolerance = IMPLEMENTATIONS[impl]
+    ran = record_operators(monkeypatch, "batch_norm_act")
+    model = make(lambda: nn.Sequential(fuse_cases.BasicBlock(3, 4), fuse_cases.BasicBlock(4, 4)), dtype)
+    report = assert_fused_equals_original(model, image(3, dtype=dtype), tolerance, impl=impl)
+    assert [entry.members for entry in report.fused] == [
+        ("0.bn1", "0.relu"),
+        ("0.bn2", "add()", "0.relu"),
+        ("0.downsample.1",),
+        ("1.bn1", "1.relu"),
+        ("1.bn2", "add()", "1.relu"),
+    ]
+    assert ran == [("relu", False), ("none", False), ("relu", True), ("relu", False), ("relu", True)] * 3
 
 
 @pytest.mark.parametrize("build", [fuse_cases.TwoSharingAnActivation, lambda: fuse_cases.Residual(*sequence())])
@@ -61,7 +89,7 @@ def test_across_nested_sequences(ran):
     first = nn.Sequential(nn.ReLU(), depthwise())
     forward = Forward(lambda m, x: F.relu(m.bn(m.first(x))), conv=nn.Identity(), first=first)
     nested = nn.Sequential(nn.Sequential(depthwise()), nn.Sequential(nn.BatchNorm2d(CHANNELS), nn.ReLU()))
-    for model, members in ((forward, ("first.1", "bn")), (nested, ("0.0", "1.0", "1.1"))):
+    for model, members in ((forward, ("first.1", "bn", "relu()")), (nested, ("0.0", "1.0", "1.1"))):
         report = assert_fused_equals_original(make(lambda m=model: m), image())
         assert [entry.members for entry in report.fused] == [members]
         twin = copy.deepcopy(model)
@@ -79,7 +107,7 @@ def test_reasons_for_not_fusing(case, ran):
     torch.manual_seed(0)
     model = build()
     classes = [type(module) for module in model.modules()]
-    report = fuse(model)
+    report = fuse(model, batch_norm=False)
     assert not report.fused
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError("; ".join(entry.reason for entry in report.skipped))
@@ -99,41 +127,18 @@ def test_reason_forward_of_the_instance():
     assert "forward of its own on the instance" in fuse(model).skipped[0].reason
 
 
-def test_another_pattern_is_one_more_class(monkeypatch):
-    class NormReLU:
-        operator, longest = "depthwise_conv_bn_act", 2
-
-        def begins(self, module):
-            return isinstance(module, nn.BatchNorm2d)
-
-        def match(self, chain):
-            if isinstance(chain[1], str):
-                return chain[1]
-            return patterns.Match(2, "relu", 0.01) if isinstance(chain[1], nn.ReLU) else "no ReLU"
-
-        def run(self, match, members, x, impl):
-            return F.relu(F.batch_norm(x, None, None, members[0].weight, members[0].bias, training=True))
-
-    monkeypatch.setattr(patterns, "PATTERNS", (*patterns.PATTERNS, NormReLU()))
-    pointwise = nn.Conv2d(CHANNELS, CHANNELS, 1)
-    model = make(lambda: nn.Sequential(Forward(FORWARDS["modules"][0]), pointwise, nn.BatchNorm2d(CHANNELS), nn.ReLU()))
-    model.append(Forward(FORWARDS["modules"][0], conv=nn.Conv2d(CHANNELS, CHANNELS, 1)).double())
-    expected = model(image())
-    report = fuse(model)
-    assert [entry.members for entry in report.fused] == [("0.conv", "0.bn", "0.relu"), ("2", "3"), ("4.bn", "4.relu")]
-    torch.testing.assert_close(model(image()), expected)
-
-
 def test_report_reads_as_a_table():
     model = nn.Sequential(Block(), sequence(bias=True), nn.Conv2d(3, 3, 1))
     report = fuse(model)
     lines = str(report).splitlines()
-    assert lines[0] == 'Sequential: 2 fused, 1 not, 3 other convolutions; impl="auto"' == repr(report)[1:-1]
-    assert [line.split() for line in lines[2:4]] == [
-        ["fused", "0.conv1", "bn1", "hardswish", "(function)"],
+    assert lines[0] == 'Sequential: 4 fused, 1 not, 3 other convolutions; impl="auto"' == repr(report)[1:-1]
+    assert [line.split() for line in lines[2:6]] == [
+        ["fused", "0.expand.1", "2", "relu6"],
+        ["fused", "0.conv1", "bn1", "+", "hardswish()", "hardswish"],
         ["fused", "0.inner.0", "1", "+", "2", "silu"],
+        ["fused", "1.1", "2", "relu"],
     ]
-    assert lines[4].split(maxsplit=3)[2:] == ["1.0", "the convolution has a bias"]
+    assert lines[6].split(maxsplit=3)[2:] == ["1.0", "the convolution has a bias"]
     assert str(fuse(nn.Linear(1, 1))) == 'Linear: 0 fused, 0 not, 0 other convolutions; impl="auto"'
 
 

@@ -44,6 +44,7 @@ _FUNCTIONS = {
 }
 IN_PLACE_ADDITIONS = (operator.iadd, torch.Tensor.add_)
 _ADDITIONS = (operator.add, torch.add, torch.Tensor.add, *IN_PLACE_ADDITIONS)
+_BATCH_NORMS = (nn.BatchNorm2d, nn.LazyBatchNorm2d, nn.SyncBatchNorm)
 _NO_SHAPE = "{} has no shape yet; run the model once, then fuse it"
 _TIMM_NORM_ACT = ("timm.layers.norm_act", "BatchNormAct2d.forward")
 
@@ -132,7 +133,7 @@ def _is_timm_norm_act(norm: nn.Module) -> bool:
 
 def is_batch_norm(module: object) -> bool:
     """A two-dimensional batch normalisation of any kind, those of this package excepted: they are fused already."""
-    return isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) and not isinstance(module, BatchNormAct)
+    return isinstance(module, _BATCH_NORMS) and not isinstance(module, BatchNormAct)
 
 
 def batch_norm_obstacle(norm: nn.Module) -> str | None:
