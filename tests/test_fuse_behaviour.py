@@ -2,13 +2,16 @@
 
 import copy
 import pickle
+import subprocess
+import sys
+import textwrap
 import threading
 
 import fuse_cases
 import pytest
 import torch
 from distributed_case import run_ranks
-from fuse_cases import CHANNELS, FORWARDS, Block, Forward, TwoSharingAnActivation, sequence
+from fuse_cases import CHANNELS, FORWARDS, BasicBlock, Block, Forward, TwoSharingAnActivation, sequence
 from fuse_comparison import (
     assert_alike,
     assert_fused_equals_original,
@@ -19,6 +22,7 @@ from fuse_comparison import (
     record_operators,
 )
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fastcifar import functional
 from fastcifar.fuse import fuse, unfuse
@@ -57,6 +61,21 @@ def test_hooks_see_what_they_saw(name, expected, before, ran):
     twin(image().requires_grad_()).square().sum().backward()
     assert ran == expected and len(seen) == 4
     torch.testing.assert_close(seen[2:], seen[:2])
+
+
+@pytest.mark.parametrize(("name", "expected"), [("bn2", None), ("relu", ("none", True)), ("conv2", ("relu", True))])
+def test_hooks_on_a_residual_block(name, expected, monkeypatch):
+    ran = record_operators(monkeypatch, "batch_norm_act")
+    model = make(lambda: BasicBlock(CHANNELS, CHANNELS))
+    twin = copy.deepcopy(model)
+    fuse(twin)
+    seen = []
+    for net in (model, twin):
+        net.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+        net(image()).sum().backward()
+    torch.testing.assert_close(seen[len(seen) // 2 :], seen[: len(seen) // 2])
+    torch.testing.assert_close([p.grad for p in twin.parameters()], [p.grad for p in model.parameters()])
+    assert ran[1:] == ([] if expected is None else [expected])
 
 
 def test_global_hooks_see_every_module(ran):
@@ -112,6 +131,32 @@ def test_changed_dataflow_is_an_error():
         model(image())
     unfuse(model)
     model(image())
+
+
+def test_addition_that_does_not_come_is_an_error():
+    model = make(lambda: Forward(lambda m, x: m.relu(m.bn(m.conv(x)) + x), conv=nn.Conv2d(CHANNELS, CHANNELS, 1)))
+    fuse(model)
+    model(image())
+    model.function = lambda m, x: m.relu(m.bn(m.conv(x)))
+    with pytest.raises(RuntimeError, match="the output of 'bn' did not go through"):
+        model(image())
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputed_blocks(reentrant, ran):
+    """Activation checkpointing of whole blocks runs their forward, and so the operators, twice."""
+    results = []
+    for fused in (False, True):
+        model = make(several).train()
+        assert not fused or len(fuse(model).fused) == 6
+        x = image(3).requires_grad_()
+        y = x
+        for block in model:
+            y = checkpoint(block, y, use_reentrant=reentrant)
+        y.square().sum().backward()
+        results.append((y, x.grad, [p.grad for p in model.parameters()], list(model.buffers())))
+    torch.testing.assert_close(results[1], results[0])
+    assert len(ran) == 10
 
 
 def test_only_the_traced_form_of_a_call_is_fused(ran):
@@ -253,7 +298,8 @@ def test_dtype_memory_format_and_autocast():
         assert twin(x).is_contiguous(memory_format=torch.channels_last) == model(x).is_contiguous(
             memory_format=torch.channels_last
         )
-    model, twin = make(Block, torch.float32), make(Block, torch.float32)
+    build = lambda: nn.Sequential(Block(), BasicBlock(2, 4), BasicBlock(4, 4))  # noqa: E731
+    model, twin = make(build, torch.float32), make(build, torch.float32)
     fuse(twin)
     with torch.autocast("cpu", torch.bfloat16):
         assert_alike(observe(model, image(3, dtype=torch.float32)), observe(twin, image(3, dtype=torch.float32)))
@@ -262,7 +308,7 @@ def test_dtype_memory_format_and_autocast():
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_compiles_without_graph_break(training, ran):
-    model = make(several).train(training)
+    model = make(several).train(training).append(make(lambda: BasicBlock(CHANNELS, 3, 2)).train(training))
     twin = copy.deepcopy(model)
     fuse(twin)
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
@@ -301,6 +347,23 @@ def test_functional_call():
     state = {name: tensor * 1.5 for name, tensor in model.state_dict().items()}
     results = [torch.func.functional_call(m, state, (image(3),)) for m in (model, twin)]
     torch.testing.assert_close(results[1], results[0])
+
+
+def test_names_of_function_and_module():
+    """`fastcifar.fuse` is one thing, the callable module, in whatever way it is reached."""
+    code = """
+        import fastcifar, inspect, torch
+        model = torch.nn.Sequential(torch.nn.BatchNorm2d(2), torch.nn.ReLU())
+        assert len(fastcifar.fuse(model).fused) == len(fastcifar.fuse(model, impl="auto").fused) == 1
+        from fastcifar import fuse, unfuse
+        assert not fuse(model, batch_norm=False).fused
+        import fastcifar.fuse
+        from fastcifar.fuse import fuse as function
+        assert fuse is fastcifar.fuse is not function and unfuse is fastcifar.unfuse is fuse.unfuse
+        assert inspect.signature(fuse) == inspect.signature(function)
+        assert len(function(model).fused) == unfuse(model) == 1
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
 def _rank(rank, world_size):
