@@ -95,7 +95,8 @@ def unfuse(model: nn.Module) -> int:
 class _Callable(types.ModuleType):
     """`fastcifar.fuse` is this module, in whatever order things are imported, and calling it calls the function."""
 
-    __call__ = staticmethod(fuse)
+    def __call__(self, model: nn.Module, *, batch_norm: bool = True, impl: str = "auto") -> Report:
+        return fuse(model, batch_norm=batch_norm, impl=impl)
 
 
 sys.modules[__name__].__class__ = _Callable

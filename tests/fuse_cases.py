@@ -106,6 +106,11 @@ class Block(nn.Module):
         return self.project(self.inner(y))
 
 
+def several():
+    """Five groups: two in a Block, three in the other."""
+    return nn.Sequential(Block(), nn.Conv2d(2, CHANNELS, 1), TwoSharingAnActivation())
+
+
 class BatchNormAct2d(nn.BatchNorm2d):
     """What timm's class of this name does, and found as that is found."""
 
