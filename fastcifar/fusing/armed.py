@@ -115,9 +115,11 @@ class FusedMember(Substitute):
         return super().forward(*args, **kwargs)
 
     def arm(self, call: _Call) -> None:
+        """Takes part in this call, in this thread."""
         self._fused_calls[_thread()] = (*self._fused_calls.get(_thread(), ()), call)
 
     def disarm(self, call: _Call) -> None:
+        """Takes part in it no longer."""
         remaining = tuple(c for c in self._fused_calls.get(_thread(), ()) if c is not call)
         if remaining:
             self._fused_calls[_thread()] = remaining

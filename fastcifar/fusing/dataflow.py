@@ -25,6 +25,7 @@ class Group(NamedTuple):
 
     @property
     def modules(self) -> tuple[str, ...]:
+        """Paths of the modules alone."""
         return tuple(element for element in self.chain if isinstance(element, str))
 
 

@@ -68,9 +68,11 @@ class DepthwiseConvBNAct:
     operator = "depthwise_conv_bn_act"
 
     def begins(self, module: nn.Module) -> bool:
+        """A convolution with groups, of any kind."""
         return reading.is_grouped_convolution(module)
 
     def match(self, chain: Sequence[Element]) -> Match | str:
+        """What can be fused of this chain, or the reason why nothing can."""
         conv, *rest = chain
         obstacle = reading.depthwise_obstacle(conv)
         if obstacle is not None:
@@ -86,6 +88,7 @@ class DepthwiseConvBNAct:
         return obstacle or _after_norm(chain, 1, may_add=False)
 
     def run(self, match: Match, modules: Sequence[nn.Module], x: torch.Tensor, residual, impl: str) -> torch.Tensor:
+        """The operator on x [N, C, H, W]; there is no residual."""
         conv, norm = modules[:2]
         tensors, options = _norm_arguments(norm, match)
         geometry = {"stride": conv.stride, "padding": reading.padding_of(conv), "dilation": conv.dilation}
@@ -98,12 +101,15 @@ class BatchNormAct:
     operator = "batch_norm_act"
 
     def begins(self, module: nn.Module) -> bool:
+        """A batch normalisation of images, of any kind."""
         return reading.is_batch_norm(module)
 
     def match(self, chain: Sequence[Element]) -> Match | str:
+        """What can be fused of this chain, or the reason why nothing can."""
         return reading.batch_norm_obstacle(chain[0]) or _after_norm(chain, 0, may_add=True)
 
     def run(self, match: Match, modules: Sequence[nn.Module], x: torch.Tensor, residual, impl: str) -> torch.Tensor:
+        """The operator on x [N, C, H, W]; the residual has the shape of x, or is None."""
         tensors, options = _norm_arguments(modules[0], match)
         return functional.batch_norm_act(x, *tensors, residual, **options, impl=impl)
 

@@ -86,9 +86,11 @@ class Plan:
 
     @property
     def fused(self) -> list[Fused]:
+        """An entry of the report for each group."""
         return [step.entry for step in (*self.in_sequences, *self.in_forwards)]
 
     def apply(self, impl: str) -> None:
+        """Exchanges the classes of all modules that take part."""
         for step in self.in_sequences:
             substitute(step.caller, FusedSequence, {})
             step.caller._fused_implementations[step.group.chain[0]] = impl
