@@ -4,8 +4,10 @@
 
 #if defined(__GNUC__)
 #define FASTCIFAR_INLINE inline __attribute__((always_inline))
+#define FASTCIFAR_LAMBDA_INLINE __attribute__((always_inline))
 #else
 #define FASTCIFAR_INLINE inline
+#define FASTCIFAR_LAMBDA_INLINE
 #endif
 
 namespace fastcifar {
