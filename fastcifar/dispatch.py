@@ -76,6 +76,17 @@ def _triton_reluctance(call: Call) -> str | None:
     return "Triton's interpreter is for tests" if call.device.type == "cpu" else None
 
 
+def _native_obstacle(call: Call) -> str | None:
+    """What the compiled CPU core needs."""
+    from fastcifar import native
+
+    if call.device.type != "cpu":
+        return f"the compiled core runs on CPU tensors, not on {call.device.type}"
+    if call.dtype not in _LOW_AND_SINGLE:
+        return f"the compiled core computes float32, float16 and bfloat16, not {_name(call.dtype)}"
+    return native.why_not()
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -87,6 +98,9 @@ _OPERATORS: dict[str, list[Implementation]] = {
             _loaded("fastcifar.ops.depthwise", "depthwise_conv_bn_act"),
             _triton_depthwise_obstacle,
             _triton_reluctance,
+        ),
+        Implementation(
+            "native", _loaded("fastcifar.ops.depthwise_native", "depthwise_conv_bn_act"), _native_obstacle
         ),
         Implementation("reference", _loaded("fastcifar.reference", "depthwise_conv_bn_act"), _always),
     ],

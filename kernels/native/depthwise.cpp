@@ -1,6 +1,7 @@
 #include "depthwise.h"
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <new>
 #include <vector>
@@ -90,21 +91,34 @@ std::vector<float> pack_weight(const Shape& shape, const float* weight) {
   return packed;
 }
 
-// Copies of vectors [C] with zeros up to the padded size.
-class PaddedVectors {
+// Vectors [C] as the vector code wants them, with zeros up to the padded size.
+class Vectors {
  public:
-  PaddedVectors(Index channels, int count) : channels_(channels), data_(padded(channels) * count, 0.0f) {}
-  const float* add(const float* values) {
-    float* target = data_.data() + used_++ * padded(channels_);
-    std::copy_n(values, channels_, target);
-    return target;
+  Vectors(const Norm& norm, Index channels) : norm_(norm), channels_(channels), width_(padded(channels)) {
+    data_.resize(5 * width_, 0.0f);
+    for (Index c = 0; c < channels; ++c) {
+      data_[c] = float(norm.statistics[c]);
+      data_[width_ + c] = float(weight(c) * rstd(c));
+      data_[2 * width_ + c] = norm.bias == nullptr ? 0.0f : norm.bias[c];
+    }
   }
-  Normaliser add(const Normaliser& n) {
-    return {add(n.mean), add(n.scale), add(n.shift), n.activation, n.negative_slope};
+  double rstd(Index c) const { return 1.0 / std::sqrt(norm_.statistics[channels_ + c] + norm_.eps); }
+  Normaliser normaliser() const {
+    return {data_.data(), data_.data() + width_, data_.data() + 2 * width_, norm_.activation, norm_.negative_slope};
   }
+  void set_terms(const double* terms) {
+    for (Index c = 0; c < channels_; ++c) {
+      data_[3 * width_ + c] = float(weight(c) * rstd(c) * terms[c]);
+      data_[4 * width_ + c] = float(weight(c) * rstd(c) * rstd(c) * terms[channels_ + c]);
+    }
+  }
+  const float* offset() const { return data_.data() + 3 * width_; }
+  const float* slope() const { return data_.data() + 4 * width_; }
 
  private:
-  Index channels_, used_ = 0;
+  double weight(Index c) const { return norm_.weight == nullptr ? 1.0 : double(norm_.weight[c]); }
+  const Norm& norm_;
+  Index channels_, width_;
   std::vector<float> data_;
 };
 
@@ -200,15 +214,16 @@ struct PixelTiles {
 
 }  // namespace
 
-void statistics(const Shape& shape, Dtype dtype, const void* x, const float* weight, void* y, double* mean, double* m2,
+void statistics(const Shape& shape, Dtype dtype, const void* x, const float* weight, void* y, double* statistics,
                 int threads) {
   const Rings rings = forward_rings(shape);
   const Division division(shape, dtype, forward_footprint(shape, rings));
   const Index width = padded(shape.channels);
   std::vector<double> partials(division.tiles() * 2 * width);
   convolve(shape, dtype, x, weight, y, nullptr, division, rings, partials.data(), threads);
-  std::fill_n(mean, shape.channels, 0.0);
-  std::fill_n(m2, shape.channels, 0.0);
+  double* mean = statistics;
+  double* variance = statistics + shape.channels;
+  std::fill_n(statistics, 2 * shape.channels, 0.0);
   double seen = 0.0;
   for (Index tile = 0; tile < division.tiles(); ++tile) {
     const double count = double(division.values(tile));
@@ -218,37 +233,36 @@ void statistics(const Shape& shape, Dtype dtype, const void* x, const float* wei
     for (Index c = 0; c < shape.channels; ++c) {
       const double difference = part[c] - mean[c];
       mean[c] += difference * share;
-      m2[c] += part[width + c] + difference * difference * seen * share;
+      variance[c] += part[width + c] + difference * difference * seen * share;
     }
     seen += count;
   }
+  for (Index c = 0; c < shape.channels && seen > 0.0; ++c) variance[c] = std::max(0.0, variance[c] / seen);
 }
 
-void inference(const Shape& shape, Dtype dtype, const void* x, const float* weight, const Normaliser& normaliser,
-               void* z, int threads) {
+void inference(const Shape& shape, Dtype dtype, const void* x, const float* weight, const Norm& norm, void* z,
+               int threads) {
   const Rings rings = forward_rings(shape);
   const Division division(shape, dtype, forward_footprint(shape, rings));
-  PaddedVectors vectors(shape.channels, 3);
-  const Normaliser n = vectors.add(normaliser);
-  convolve(shape, dtype, x, weight, z, &n, division, rings, nullptr, threads);
+  const Vectors vectors(norm, shape.channels);
+  const Normaliser normaliser = vectors.normaliser();
+  convolve(shape, dtype, x, weight, z, &normaliser, division, rings, nullptr, threads);
 }
 
-void normalise(std::int64_t pixels, std::int64_t channels, Dtype dtype, const void* y, const Normaliser& normaliser,
-               void* z, int threads) {
-  PaddedVectors vectors(channels, 3);
-  const Normaliser n = vectors.add(normaliser);
+void normalise(std::int64_t pixels, std::int64_t channels, Dtype dtype, const void* y, const Norm& norm, void* z,
+               int threads) {
+  const Vectors vectors(norm, channels);
   const PixelTiles tiles(pixels);
   const Kernels& table = kernels();
   parallel(tiles.count, useful_threads(threads, pixels * channels), [&](Index tile, int) {
-    table.normalise[int(dtype)](
-        {tiles.begin(tile), tiles.begin(tile + 1), channels, y, nullptr, n, z, nullptr, nullptr});
+    table.normalise[int(dtype)]({tiles.begin(tile), tiles.begin(tile + 1), channels, y, nullptr, vectors.normaliser(),
+                                 z, nullptr, nullptr});
   });
 }
 
-void reduce(std::int64_t pixels, std::int64_t channels, Dtype dtype, const void* y, const void* dz,
-            const Normaliser& normaliser, double* sums, int threads) {
-  PaddedVectors vectors(channels, 3);
-  const Normaliser n = vectors.add(normaliser);
+void reduce(std::int64_t pixels, std::int64_t channels, Dtype dtype, const void* y, const void* dz, const Norm& norm,
+            double* sums, int threads) {
+  const Vectors vectors(norm, channels);
   const PixelTiles tiles(pixels);
   const Index width = padded(channels);
   threads = useful_threads(threads, pixels * channels);
@@ -256,7 +270,7 @@ void reduce(std::int64_t pixels, std::int64_t channels, Dtype dtype, const void*
   std::vector<double> partials(tiles.count * 2 * width, 0.0);
   const Kernels& table = kernels();
   parallel(tiles.count, threads, [&](Index tile, int thread) {
-    table.reduce[int(dtype)]({tiles.begin(tile), tiles.begin(tile + 1), channels, y, dz, n, nullptr,
+    table.reduce[int(dtype)]({tiles.begin(tile), tiles.begin(tile + 1), channels, y, dz, vectors.normaliser(), nullptr,
                               partials.data() + tile * 2 * width, scratch.of(thread)});
   });
   std::fill_n(sums, 2 * channels, 0.0);
@@ -266,19 +280,17 @@ void reduce(std::int64_t pixels, std::int64_t channels, Dtype dtype, const void*
       for (Index c = 0; c < channels; ++c) sums[row * channels + c] += part[c];
     }
   }
+  for (Index c = 0; c < channels; ++c) sums[channels + c] *= vectors.rstd(c);
 }
 
 void gradients(const Shape& shape, Dtype dtype, const void* x, const float* weight, const void* y, const void* dz,
-               const Normaliser& normaliser, const float* offset, const float* slope, void* dx, float* dweight,
-               int threads) {
+               const Norm& norm, const double* terms, void* dx, float* dweight, int threads) {
   const Rings rings = gradient_rings(shape);
   const Index footprint = rings.x_rows * rings.x_columns + rings.dy_rows * rings.dy_columns + shape.width;
   const Division division(shape, dtype, footprint);
   const std::vector<float> packed = pack_weight(shape, weight);
-  PaddedVectors vectors(shape.channels, 5);
-  const Normaliser n = vectors.add(normaliser);
-  const float* offsets = vectors.add(offset);
-  const float* slopes = vectors.add(slope);
+  Vectors vectors(norm, shape.channels);
+  if (terms != nullptr) vectors.set_terms(terms);
   const Index taps = shape.taps(), width = padded(shape.channels);
   threads = useful_threads(threads, shape.pixels() * shape.channels);
   const Scratch scratch(gradient_scratch(shape, rings, division.block()), threads);
@@ -286,8 +298,9 @@ void gradients(const Shape& shape, Dtype dtype, const void* x, const float* weig
   const Kernels& table = kernels();
   parallel(division.tasks(), threads, [&](Index task, int thread) {
     double* part = dweight == nullptr ? nullptr : partials.data() + division.tile(task) * taps * width;
-    table.gradients[int(dtype)]({shape, rings, division.range(task), x, packed.data(), y, dz, n, offsets, slopes, dx,
-                                 part, scratch.of(thread)});
+    table.gradients[int(dtype)]({shape, rings, division.range(task), x, packed.data(), y, dz,
+                                 vectors.normaliser(), vectors.offset(), vectors.slope(), dx, part,
+                                 scratch.of(thread)});
   });
   if (dweight == nullptr) return;
   parallel(taps, threads, [&](Index tap, int) {

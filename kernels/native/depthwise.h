@@ -19,35 +19,35 @@ struct Shape {
   FASTCIFAR_INLINE std::int64_t pixels() const { return images * out_height * out_width; }
 };
 
-// What turns y into z = act(scale·(y − mean) + shift).
-struct Normaliser {
-  const float* mean;
-  const float* scale;
-  const float* shift;
+// Batch normalisation and activation: z = act(weight·ŷ + bias), ŷ = (y − mean)/√(variance + eps).
+struct Norm {
+  const double* statistics;  // [2, C]: mean and biased variance
+  const float* weight;       // null for ones
+  const float* bias;         // null for zeros
+  double eps;
   Activation activation;
   float negative_slope;
 };
 
-// y = conv(x); mean [C] and m2 [C], the sum of squares about it, from the values before they are rounded to y's dtype.
-void statistics(const Shape& shape, Dtype dtype, const void* x, const float* weight, void* y, double* mean, double* m2,
+// y = conv(x); statistics [2, C], mean and biased variance of the values before they are rounded to y's dtype.
+void statistics(const Shape& shape, Dtype dtype, const void* x, const float* weight, void* y, double* statistics,
                 int threads);
 
-// z = act(scale·(conv(x) − mean) + shift).
-void inference(const Shape& shape, Dtype dtype, const void* x, const float* weight, const Normaliser& normaliser,
-               void* z, int threads);
+// z from x in one pass.
+void inference(const Shape& shape, Dtype dtype, const void* x, const float* weight, const Norm& norm, void* z,
+               int threads);
 
 // z from y, both [pixels, channels].
-void normalise(std::int64_t pixels, std::int64_t channels, Dtype dtype, const void* y, const Normaliser& normaliser,
-               void* z, int threads);
-
-// With dA = dz·act′: sums [2, C] = Σ dA and Σ dA·(y − mean).
-void reduce(std::int64_t pixels, std::int64_t channels, Dtype dtype, const void* y, const void* dz,
-            const Normaliser& normaliser, double* sums, int threads);
-
-// dy = scale·dA − offset − slope·(y − mean), its transposed convolution dx (x's dtype) and its correlation with x,
-// dweight [C, KH, KW] float32. dx or dweight may be null; x may be null with dweight.
-void gradients(const Shape& shape, Dtype dtype, const void* x, const float* weight, const void* y, const void* dz,
-               const Normaliser& normaliser, const float* offset, const float* slope, void* dx, float* dweight,
+void normalise(std::int64_t pixels, std::int64_t channels, Dtype dtype, const void* y, const Norm& norm, void* z,
                int threads);
+
+// With dA = dz·act′: sums [2, C] = Σ dA and Σ dA·ŷ.
+void reduce(std::int64_t pixels, std::int64_t channels, Dtype dtype, const void* y, const void* dz, const Norm& norm,
+            double* sums, int threads);
+
+// dy = weight/√(variance + eps)·(dA − terms[0] − ŷ·terms[1]), its transposed convolution dx (x's dtype) and its
+// correlation with x, dweight [C, KH, KW] float32. terms [2, C]; null for zeros. dx or dweight may be null.
+void gradients(const Shape& shape, Dtype dtype, const void* x, const float* weight, const void* y, const void* dz,
+               const Norm& norm, const double* terms, void* dx, float* dweight, int threads);
 
 }  // namespace fastcifar::depthwise

@@ -1,11 +1,12 @@
 #include "depthwise_bindings.h"
 
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
-#include <array>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "depthwise.h"
@@ -46,59 +47,62 @@ fastcifar::Dtype dtype(int code) {
   return fastcifar::Dtype(code);
 }
 
-dw::Normaliser normaliser(Address mean, Address scale, Address shift, int activation, float negative_slope) {
+// (statistics, weight, bias, eps, activation, negative slope)
+using NormNumbers = std::tuple<Address, Address, Address, double, int, float>;
+
+dw::Norm norm(const NormNumbers& v) {
+  const auto [statistics, weight, bias, eps, activation, negative_slope] = v;
   if (activation < 0 || activation >= fastcifar::kActivations) {
     throw std::invalid_argument("depthwise: unknown activation code");
   }
-  return {pointer<float>(mean), pointer<float>(scale), pointer<float>(shift), fastcifar::Activation(activation),
-          negative_slope};
+  return {pointer<double>(statistics),           pointer<float>(weight), pointer<float>(bias), eps,
+          fastcifar::Activation(activation), negative_slope};
 }
 
 using Numbers = std::vector<std::int64_t>;
 
-void statistics(const Numbers& sizes, int code, Address x, Address weight, Address y, Address mean, Address m2,
+void statistics(const Numbers& sizes, int code, Address x, Address weight, Address y, Address statistics,
                 int threads) {
   const dw::Shape s = shape(sizes);
   const fastcifar::Dtype type = dtype(code);
   nb::gil_scoped_release release;
-  dw::statistics(s, type, pointer<void>(x), pointer<float>(weight), pointer<void>(y), pointer<double>(mean),
-                 pointer<double>(m2), threads);
+  dw::statistics(s, type, pointer<void>(x), pointer<float>(weight), pointer<void>(y), pointer<double>(statistics),
+                 threads);
 }
 
-void inference(const Numbers& sizes, int code, Address x, Address weight, Address mean, Address scale, Address shift,
-               int activation, float negative_slope, Address z, int threads) {
+void inference(const Numbers& sizes, int code, Address x, Address weight, const NormNumbers& numbers, Address z,
+               int threads) {
   const dw::Shape s = shape(sizes);
   const fastcifar::Dtype type = dtype(code);
-  const dw::Normaliser n = normaliser(mean, scale, shift, activation, negative_slope);
+  const dw::Norm n = norm(numbers);
   nb::gil_scoped_release release;
   dw::inference(s, type, pointer<void>(x), pointer<float>(weight), n, pointer<void>(z), threads);
 }
 
-void normalise(std::int64_t pixels, std::int64_t channels, int code, Address y, Address mean, Address scale,
-               Address shift, int activation, float negative_slope, Address z, int threads) {
+void normalise(std::int64_t pixels, std::int64_t channels, int code, Address y, const NormNumbers& numbers, Address z,
+               int threads) {
   const fastcifar::Dtype type = dtype(code);
-  const dw::Normaliser n = normaliser(mean, scale, shift, activation, negative_slope);
+  const dw::Norm n = norm(numbers);
   nb::gil_scoped_release release;
   dw::normalise(pixels, channels, type, pointer<void>(y), n, pointer<void>(z), threads);
 }
 
-void reduce(std::int64_t pixels, std::int64_t channels, int code, Address y, Address dz, Address mean, Address scale,
-            Address shift, int activation, float negative_slope, Address sums, int threads) {
+void reduce(std::int64_t pixels, std::int64_t channels, int code, Address y, Address dz, const NormNumbers& numbers,
+            Address sums, int threads) {
   const fastcifar::Dtype type = dtype(code);
-  const dw::Normaliser n = normaliser(mean, scale, shift, activation, negative_slope);
+  const dw::Norm n = norm(numbers);
   nb::gil_scoped_release release;
   dw::reduce(pixels, channels, type, pointer<void>(y), pointer<void>(dz), n, pointer<double>(sums), threads);
 }
 
-void gradients(const Numbers& sizes, int code, Address x, Address weight, Address y, Address dz, Address mean,
-               Address scale, Address shift, int activation, float negative_slope, Address offset, Address slope,
-               Address dx, Address dweight, int threads) {
+void gradients(const Numbers& sizes, int code, Address x, Address weight, Address y, Address dz,
+               const NormNumbers& numbers, Address terms, Address dx, Address dweight, int threads) {
   const dw::Shape s = shape(sizes);
   const fastcifar::Dtype type = dtype(code);
-  const dw::Normaliser n = normaliser(mean, scale, shift, activation, negative_slope);
+  const dw::Norm n = norm(numbers);
   nb::gil_scoped_release release;
   dw::gradients(s, type, pointer<void>(x), pointer<float>(weight), pointer<void>(y), pointer<void>(dz), n,
-                pointer<float>(offset), pointer<float>(slope), pointer<void>(dx), pointer<float>(dweight), threads);
+                pointer<double>(terms), pointer<void>(dx), pointer<float>(dweight), threads);
 }
 
 std::vector<std::string> isa_levels() {
@@ -113,15 +117,12 @@ void bind_depthwise(nb::module_& m) {
   m.def("isa_levels", &isa_levels, "Instruction sets that the vector code can use here, best last.");
   m.def("isa", [] { return std::string(fastcifar::isa_name(fastcifar::isa())); });
   m.def("set_isa", &fastcifar::set_isa, "name"_a);
-  m.def("depthwise_statistics", &statistics, "shape"_a, "dtype"_a, "x"_a, "weight"_a, "y"_a, "mean"_a, "m2"_a,
+  m.def("depthwise_statistics", &statistics, "shape"_a, "dtype"_a, "x"_a, "weight"_a, "y"_a, "statistics"_a,
         "threads"_a);
-  m.def("depthwise_inference", &inference, "shape"_a, "dtype"_a, "x"_a, "weight"_a, "mean"_a, "scale"_a, "shift"_a,
-        "activation"_a, "negative_slope"_a, "z"_a, "threads"_a);
-  m.def("depthwise_normalise", &normalise, "pixels"_a, "channels"_a, "dtype"_a, "y"_a, "mean"_a, "scale"_a, "shift"_a,
-        "activation"_a, "negative_slope"_a, "z"_a, "threads"_a);
-  m.def("depthwise_reduce", &reduce, "pixels"_a, "channels"_a, "dtype"_a, "y"_a, "dz"_a, "mean"_a, "scale"_a,
-        "shift"_a, "activation"_a, "negative_slope"_a, "sums"_a, "threads"_a);
-  m.def("depthwise_gradients", &gradients, "shape"_a, "dtype"_a, "x"_a, "weight"_a, "y"_a, "dz"_a, "mean"_a,
-        "scale"_a, "shift"_a, "activation"_a, "negative_slope"_a, "offset"_a, "slope"_a, "dx"_a, "dweight"_a,
+  m.def("depthwise_inference", &inference, "shape"_a, "dtype"_a, "x"_a, "weight"_a, "norm"_a, "z"_a, "threads"_a);
+  m.def("depthwise_normalise", &normalise, "pixels"_a, "channels"_a, "dtype"_a, "y"_a, "norm"_a, "z"_a, "threads"_a);
+  m.def("depthwise_reduce", &reduce, "pixels"_a, "channels"_a, "dtype"_a, "y"_a, "dz"_a, "norm"_a, "sums"_a,
         "threads"_a);
+  m.def("depthwise_gradients", &gradients, "shape"_a, "dtype"_a, "x"_a, "weight"_a, "y"_a, "dz"_a, "norm"_a,
+        "terms"_a, "dx"_a, "dweight"_a, "threads"_a);
 }

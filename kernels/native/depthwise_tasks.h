@@ -8,6 +8,15 @@ namespace fastcifar::depthwise {
 
 constexpr std::int64_t kChannelAlign = 16;
 
+// What turns y into z = act(scale·(y − mean) + shift).
+struct Normaliser {
+  const float* mean;
+  const float* scale;
+  const float* shift;
+  Activation activation;
+  float negative_slope;
+};
+
 // A range of images or of one image's rows, and a range of channels starting at a multiple of kChannelAlign.
 struct Range {
   std::int64_t image_begin, image_end;
@@ -54,7 +63,7 @@ struct GradientTask {
   const void* y;
   const void* dz;
   Normaliser normaliser;
-  const float* offset;
+  const float* offset;  // dy = scale·dA − offset − slope·(y − mean)
   const float* slope;
   void* dx;             // null: not wanted
   double* dweight;      // [KH·KW, padded C], added to; null: not wanted
