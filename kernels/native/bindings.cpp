@@ -1,6 +1,7 @@
 #include <nanobind/nanobind.h>
 
 #include "allocator.h"
+#include "batch_norm_bindings.h"
 #include "depthwise_bindings.h"
 
 namespace nb = nanobind;
@@ -32,4 +33,5 @@ NB_MODULE(_native, m) {
   m.def("tune_allocator", &fastcifar::tune_allocator);
   m.def("build_info", &build_info);
   bind_depthwise(m);
+  bind_batch_norm(m);
 }
