@@ -3,6 +3,7 @@
 #include "allocator.h"
 #include "batch_norm_bindings.h"
 #include "depthwise_bindings.h"
+#include "aw_hinge_bindings.h"
 
 namespace nb = nanobind;
 
@@ -34,4 +35,5 @@ NB_MODULE(_native, m) {
   m.def("build_info", &build_info);
   bind_depthwise(m);
   bind_batch_norm(m);
+  bind_aw_hinge(m);
 }

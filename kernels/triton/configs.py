@@ -50,9 +50,7 @@ def default(operation: str, element_size: int, kernel_size: int, channels: int, 
     while block_c < min(channels, 16 * vector):
         block_c *= 2
     warps = 4
-    # The single-pass gradients hold 40 values for each element: half as many elements a thread.
-    elements = vector if operation != "gradients" else min(vector, 2)
-    block_p = max(1, 32 * warps * elements // block_c)
+    block_p = max(1, 32 * warps * vector // block_c)
     columns = 2 if kernel_size == 3 and operation in ("statistics", "apply", "reduce") and width > 2 else 1
     return Tile(columns=columns, block_p=block_p, block_c=block_c, rows=32, num_warps=warps)
 

@@ -14,8 +14,8 @@ class Case(NamedTuple):
     """One compilation.
 
     `types` names each run-time argument's type, `constants` each compile-time argument's value, `aligned` the
-    arguments that are known to be multiples of 16 (bytes, for pointers); `wide` says that global memory must be
-    accessed in pieces of at least 8 bytes a thread.
+    arguments that are multiples of 16 (bytes, for pointers), `wide` the pointers that must be accessed in pieces of
+    at least 8 bytes a thread.
     """
 
     label: str
@@ -24,7 +24,7 @@ class Case(NamedTuple):
     constants: dict[str, Any]
     aligned: tuple[str, ...]
     num_warps: int
-    wide: bool
+    wide: tuple[str, ...]
 
 
 _VECTORS = (
@@ -57,7 +57,9 @@ def _types(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]
 
 def _case(label, kernel, dtype, constants, warps, *, wide=True, **types) -> Case:
     found = {**_types(kernel, dtype, constants), **types}
-    return Case(label, kernel, found, constants, tuple(n for n in found if n.endswith("_ptr")), warps, wide)
+    pointers = tuple(name for name in found if name.endswith("_ptr"))
+    tensors = tuple(name for name in ("x_ptr", "z_ptr", "dz_ptr", "dy_ptr", "dx_ptr") if name in found)
+    return Case(label, kernel, found, constants, pointers, warps, tensors if wide else ())
 
 
 def _tiles(operation: str, size: int, kernel_size: int) -> set[configs.Tile]:
@@ -107,7 +109,7 @@ def _gradients(dtype: str) -> Iterator[Case]:
         constants |= {"NEED_DX": True, "NEED_DW": True}
         label = f"gradients 3×3 s1 {dtype} {tuple(tile)}"
         kernel = depthwise_backward.depthwise_gradients_kernel
-        yield _case(label, kernel, dtype, constants, tile.num_warps, wide=size == 4)
+        yield _case(label, kernel, dtype, constants, tile.num_warps)
     for kernel_size in (3, 5, 7):
         for stride in (1, 2):
             if kernel_size == 3 and stride == 1:
