@@ -15,7 +15,7 @@ using Index = std::int64_t;
 
 constexpr int kLanes = Vec::lanes;
 constexpr int kPixels = 8;
-constexpr Index kPixelsPerFlush = 512;  // float32 sums go to float64 after so many pixels
+constexpr Index kPixelsPerFlush = 64;  // float32 sums go to float64 after so many pixels
 
 template <Activation A>
 struct ActivationTag {
