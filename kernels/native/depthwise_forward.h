@@ -119,7 +119,7 @@ void forward(const ForwardTask& task) {
   const Channels channels(range.channel_begin, range.channel_end);
   float* scratch = task.scratch;
   const ForwardRow conv(task, scratch);
-  scratch += 4 * shape.taps();
+  scratch += pointer_scratch(shape);
   const Index lanes = channels.vectors * kLanes;
   const ShiftedSums sums{scratch, scratch + lanes, scratch + 2 * lanes};
   scratch += 4 * lanes;

@@ -25,6 +25,11 @@ FASTCIFAR_INLINE void dy_pixels(const GradientTask& task, const Channels& channe
   const Vec negative_slope = set(n.negative_slope);
   const T* y = static_cast<const T*>(task.y) + at;
   const T* dz = static_cast<const T*>(task.dz) + at;
+  const Index ahead = kRowsAhead * task.shape.out_width * task.shape.channels;
+  repeat<0, N>([&](auto i) FASTCIFAR_LAMBDA_INLINE {
+    prefetch_pixel(y + ahead + i.value * task.shape.channels, channels.vectors);
+    prefetch_pixel(dz + ahead + i.value * task.shape.channels, channels.vectors);
+  });
   for (int v = 0; v < channels.vectors; ++v) {
     const Index c = channels.begin + v * kLanes;
     const Vec mean = load(n.mean + c), scale = load(n.scale + c), shift = load(n.shift + c);
@@ -72,7 +77,7 @@ struct Sweep {
         channels(range.channel_begin, range.channel_end),
         functions(row_functions(shape.kernel_width, shape.stride_width, shape.dilation_width)),
         padded((shape.channels + kChannelAlign - 1) / kChannelAlign * kChannelAlign),
-        sums(t.scratch + 4 * shape.taps()),
+        sums(t.scratch + pointer_scratch(shape)),
         row(sums + shape.taps() * channels.vectors * kLanes),
         x_ring(row + shape.width * kLanes, t.rings.x_left, t.rings.x_columns, t.rings.x_rows, channels.vectors),
         dy_ring(x_ring.data + x_ring.size(), t.rings.dy_left, t.rings.dy_columns, t.rings.dy_rows, channels.vectors) {

@@ -34,6 +34,16 @@ FASTCIFAR_INLINE void store_channels(T* p, const Channels& channels, int v, Vec 
   }
 }
 
+// Rows are read, then computed on: without these the memory would idle meanwhile. Reading past the end is harmless.
+constexpr Index kRowsAhead = 2;
+
+template <class T>
+FASTCIFAR_INLINE void prefetch_pixel(const T* p, int vectors) {
+  for (int v = 0; v < vectors; v += 64 / (kLanes * int(sizeof(T))) > 0 ? 64 / (kLanes * int(sizeof(T))) : 1) {
+    __builtin_prefetch(p + v * kLanes);
+  }
+}
+
 struct Ring {
   float* data;  // [row mod rows][vector][column][lane]
   Index left, columns, rows;
@@ -60,9 +70,11 @@ void fill(Ring& ring, const T* image, Index width, Index channel_count, const Ch
     const T* source = image + ring.next * width * channel_count + channels.begin;
     float* target = ring.row(ring.next) + ring.left * kLanes;
     const Index step = ring.vector_step();
+    const int vectors = channels.vectors;
     if (channels.whole()) {
       for (Index column = 0; column < width; ++column) {
-        for (int v = 0; v < channels.vectors; ++v) {
+        prefetch_pixel(source + (kRowsAhead * width + column) * channel_count, vectors);
+        for (int v = 0; v < vectors; ++v) {
           store(target + v * step + column * kLanes, load(source + column * channel_count + v * kLanes));
         }
       }

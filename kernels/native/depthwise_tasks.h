@@ -78,14 +78,17 @@ struct Kernels {
   void (*gradients[kDtypes])(const GradientTask&);
 };
 
+// Floats that two pointers a tap take, so that what follows stays aligned to cache lines.
+FASTCIFAR_INLINE std::int64_t pointer_scratch(const Shape& shape) { return (4 * shape.taps() + 15) / 16 * 16; }
+
 // Floats of scratch memory, 64-byte aligned, for a task on a block of so many channels.
 FASTCIFAR_INLINE std::int64_t forward_scratch(const Shape& shape, const Rings& rings, std::int64_t block) {
-  return block * (rings.x_rows * rings.x_columns + shape.out_width + 4) + 4 * shape.taps();
+  return block * (rings.x_rows * rings.x_columns + shape.out_width + 4) + pointer_scratch(shape);
 }
 
 FASTCIFAR_INLINE std::int64_t gradient_scratch(const Shape& shape, const Rings& rings, std::int64_t block) {
   return block * (rings.x_rows * rings.x_columns + rings.dy_rows * rings.dy_columns + shape.width + shape.taps()) +
-         4 * shape.taps();
+         pointer_scratch(shape);
 }
 
 namespace baseline { const Kernels& kernels(); }
