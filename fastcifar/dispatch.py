@@ -6,8 +6,13 @@ why it cannot; `impl="auto"` takes the first that can and would, a named `impl` 
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -31,7 +36,7 @@ class Implementation:
     `auto` prefers the next one although this one could run."""
 
     name: str
-    load: Callable[[], Callable]
+    load: Callable[[], Callable | ModuleType]
     obstacle: Callable[[Call], str | None]
     reluctance: Callable[[Call], str | None] = lambda call: None
 
@@ -40,21 +45,104 @@ def _always(call: Call) -> str | None:
     return None
 
 
-def _load_reference(operator: str) -> Callable[[], Callable]:
-    def load() -> Callable:
-        from fastcifar import reference
+# Import statements and not importlib: torch.compile traces through these.
 
-        return getattr(reference, operator)
 
-    return load
+def _reference_depthwise() -> Callable:
+    from fastcifar import reference
+
+    return reference.depthwise_conv_bn_act
+
+
+def _reference_batch_norm_act() -> Callable:
+    from fastcifar import reference
+
+    return reference.batch_norm_act
+
+
+def _triton_depthwise() -> Callable:
+    from fastcifar.ops import depthwise
+
+    return depthwise.depthwise_conv_bn_act
+
+
+_LOW_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _triton_obstacle(call: Call) -> str | None:
+    """What every Triton kernel needs."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; run `pip install triton`"
+    if call.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton runs on CUDA tensors; on the CPU only its interpreter does (TRITON_INTERPRET=1)"
+    if call.device.type not in ("cpu", "cuda"):
+        return f"Triton kernels run on CUDA tensors, not on {call.device.type}"
+    if call.dtype not in _LOW_AND_SINGLE:
+        return f"Triton kernels compute float32, float16 and bfloat16, not {_name(call.dtype)}"
+    if call.device.type == "cuda" and torch.cuda.get_device_capability(call.device) < (8, 0):
+        return "Triton kernels need compute capability 8.0 or higher"
+    return None
+
+
+def _triton_depthwise_obstacle(call: Call) -> str | None:
+    if call.kernel_size not in ((3, 3), (5, 5), (7, 7)):
+        size = "×".join(str(side) for side in call.kernel_size or ())
+        return f"Triton kernels convolve with 3×3, 5×5 and 7×7 weights, not {size}"
+    return _triton_obstacle(call)
+
+
+def _triton_reluctance(call: Call) -> str | None:
+    return "Triton's interpreter is for tests" if call.device.type == "cpu" else None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _no_native_aw_hinge(call: Call) -> str | None:
+    from fastcifar import native
+
+    reason = native.why_not()
+    if reason is not None or call.device.type == "cpu":
+        return reason
+    if call.device.type != "cuda" or torch.version.cuda is None:
+        return f"the compiled module has no code for {call.device.type} tensors on this build of torch"
+    reason = native.cuda_obstacle()
+    if reason is not None:
+        return reason
+    major, minor = torch.cuda.get_device_capability(call.device)
+    return None if major >= 8 else f"the compiled module holds code for sm_80 and later, this GPU is sm_{major}{minor}"
+
+
+def _load_aw_hinge() -> ModuleType:
+    from fastcifar.ops import aw_hinge
+
+    return aw_hinge
+
+
+def _load_reference_aw_hinge() -> ModuleType:
+    from fastcifar import reference_aw_hinge
+
+    return reference_aw_hinge
 
 
 _OPERATORS: dict[str, list[Implementation]] = {
     "depthwise_conv_bn_act": [
-        Implementation("reference", _load_reference("depthwise_conv_bn_act"), _always),
+        Implementation(
+            "triton",
+            _triton_depthwise,
+            _triton_depthwise_obstacle,
+            _triton_reluctance,
+        ),
+        Implementation("reference", _reference_depthwise, _always),
     ],
     "batch_norm_act": [
-        Implementation("reference", _load_reference("batch_norm_act"), _always),
+        Implementation("reference", _reference_batch_norm_act, _always),
+    ],
+    # Three phases between two backward passes: what loads is a module with all of them.
+    "aw_hinge": [
+        Implementation("native", _load_aw_hinge, _no_native_aw_hinge),
+        Implementation("reference", _load_reference_aw_hinge, _always),
     ],
 }
 
@@ -69,26 +157,47 @@ def implementations(operator: str) -> list[Implementation]:
     return list(_OPERATORS[operator])
 
 
-def select(operator: str, impl: str, call: Call) -> Callable:
+def select(operator: str, impl: str, call: Call) -> Any:
     """The function that runs `operator` for this call.
 
     Raises:
         ValueError: `impl` names an implementation that this operator does not have.
         RuntimeError: the named implementation cannot run this call; the message says what is missing.
     """
+    name = _choose(operator, impl, call.device, call.dtype, call.kernel_size, call.training)
+    for implementation in _OPERATORS[operator]:
+        if implementation.name == name:
+            return implementation.load()
+    raise AssertionError(name)
+
+
+def _choose(
+    operator: str,
+    impl: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    kernel_size: tuple[int, int] | None,
+    training: bool,
+) -> str:
+    """The name of the implementation for this call."""
+    call = Call(device, dtype, kernel_size, training)
     available = _OPERATORS[operator]
     if impl == "auto":
         able = [i for i in available if i.obstacle(call) is None]
         willing = [i for i in able if i.reluctance(call) is None]
-        return (willing or able)[0].load()
+        return (willing or able)[0].name
     for implementation in available:
         if implementation.name == impl:
             obstacle = implementation.obstacle(call)
             if obstacle is not None:
                 raise RuntimeError(f'{operator}: impl="{impl}" cannot run here: {obstacle}')
-            return implementation.load()
+            return impl
     names = ", ".join(i.name for i in available)
     raise ValueError(f'{operator}: has no implementation "{impl}" (it has: {names})')
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import the compiler, and Triton with it.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def explain(operator: str | None = None, call: Call | None = None) -> str:
@@ -109,7 +218,7 @@ def explain(operator: str | None = None, call: Call | None = None) -> str:
         call = Call(device=device, dtype=torch.bfloat16, kernel_size=(3, 3))
     lines = []
     for name in [operator] if operator else list(_OPERATORS):
-        lines.append(f"{name} ({call.device.type}, {str(call.dtype).removeprefix('torch.')}):")
+        lines.append(f"{name} ({call.device.type}, {_name(call.dtype)}):")
         taken = False
         for implementation in _OPERATORS[name]:
             reason = implementation.obstacle(call)
