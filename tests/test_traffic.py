@@ -231,10 +231,12 @@ def test_limits_decide_the_exit_status(tmp_path, monkeypatch, capsys, limits, st
 
 def test_suspicious_launches_are_named():
     row = {"pass": "forward", "name": "k", "kind": "triton", "written": 4, "requested_written": 8}
-    result = {"operator": "o", "label": "l", "limits": None, "rows": [row | {"arguments": {ELSEWHERE: (1, 0)}}]}
-    raced, outside, silent = traffic.failures([result])[0:3]
-    assert "no Triton launch was seen in backward" in raced
-    assert "may race" in outside and "outside its arguments" in silent
+    result = {"operator": "o", "label": "l", "limits": None, "by_address": False}
+    result["rows"] = [row | {"arguments": {ELSEWHERE: (1, 0)}}]
+    silent, raced, outside = traffic.failures([result])
+    assert "no Triton launch was seen in backward" in silent
+    assert "may race" in raced and "outside its arguments" in outside
+    assert traffic.failures([{**result, "by_address": True}]) == [silent, raced]
 
 
 def test_nothing_to_count_is_told(monkeypatch, capsys):
