@@ -254,7 +254,8 @@ SKIPPED = {
     "other norm": (lambda: sequence(nn.GroupNorm(2, CHANNELS)), "followed by GroupNorm, not by"),
     "norm subclass": (lambda: sequence(BatchNormWithForward(CHANNELS)), "BatchNormWithForward has its own forward"),
     "odd momentum": (
-        lambda: sequence(nn.BatchNorm2d(CHANNELS, momentum=1.5)), r"momentum 1.5, which is not in \[0, 1\]"
+        lambda: sequence(nn.BatchNorm2d(CHANNELS, momentum=1.5)),
+        r"momentum 1.5, which is not in \[0, 1\]",
     ),
     "activation within unknown": (lambda: sequence(BatchNormAct2d(CHANNELS, nn.GELU())), "applies GELU"),
     "lazy": (
@@ -262,9 +263,7 @@ SKIPPED = {
         "LazyBatchNorm2d has no shape yet; run the model once",
     ),
     "last": (lambda: nn.Sequential(depthwise()), "Sequential.forward returns its output"),
-    "scripted": (
-        lambda: nn.Sequential(torch.jit.script(sequence()), nn.ReLU()), "inside a torch.jit.ScriptModule"
-    ),
+    "scripted": (lambda: nn.Sequential(torch.jit.script(sequence()), nn.ReLU()), "inside a torch.jit.ScriptModule"),
     "traced": (lambda: nn.Sequential(torch.fx.symbolic_trace(sequence())), "inside a torch.fx.GraphModule"),
     "used twice": (lambda: Forward(_used_twice), "Forward.forward uses its output 2 times"),
     "data dependent": (lambda: Forward(_data_dependent), "Forward.forward cannot be traced: symbolically traced"),

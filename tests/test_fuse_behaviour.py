@@ -281,7 +281,7 @@ def test_dtype_memory_format_and_autocast():
     ):
         model = prepare(make(Block, torch.float32))
         twin = copy.deepcopy(model)
-        fuse(twin)
+        fuse(twin, impl="reference")
         x = image(3, dtype=model.conv1.weight.dtype)
         assert torch.equal(twin(x), model(x))
         assert twin(x).is_contiguous(memory_format=torch.channels_last) == model(x).is_contiguous(
@@ -289,7 +289,7 @@ def test_dtype_memory_format_and_autocast():
         )
     build = lambda: nn.Sequential(Block(), BasicBlock(2, 4), BasicBlock(4, 4))  # noqa: E731
     model, twin = make(build, torch.float32), make(build, torch.float32)
-    fuse(twin)
+    fuse(twin, impl="reference")
     with torch.autocast("cpu", torch.bfloat16):
         assert_alike(observe(model, image(3, dtype=torch.float32)), observe(twin, image(3, dtype=torch.float32)))
     fuse(make(Block, torch.float32).to("meta"))

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from . import configs, depthwise_backward, depthwise_forward, statistics
 
 TYPES = {"fp32": 4, "fp16": 2, "bf16": 2}
+# Kernel sizes and their strides by dtype: bf16 differs from fp16 in conversions only.
+_SIZES = {"fp32": {3: (1, 2), 5: (2,), 7: (1,)}, "fp16": {3: (1, 2), 5: (1,), 7: (2,)}, "bf16": {3: (1,)}}
 
 
 class Case(NamedTuple):
@@ -75,8 +77,8 @@ def _tiles(operation: str, size: int, kernel_size: int) -> set[configs.Tile]:
 def _walks(dtype: str) -> Iterator[Case]:
     """F1, F3, B1 and the stored dy, for all kernel sizes and strides."""
     size = TYPES[dtype]
-    for kernel_size in (3, 5, 7):
-        for stride in (1, 2):
+    for kernel_size, strides in _SIZES[dtype].items():
+        for stride in strides:
             sizes = {"STRIDE_H": stride, "STRIDE_W": stride, "STEP_H": stride, "STEP_W": stride}
             sizes |= {"KERNEL_H": kernel_size, "KERNEL_W": kernel_size, "VECTOR": 8 // size}
             for operation, kernel in (
@@ -110,8 +112,8 @@ def _gradients(dtype: str) -> Iterator[Case]:
         label = f"gradients 3×3 s1 {dtype} {tuple(tile)}"
         kernel = depthwise_backward.depthwise_gradients_kernel
         yield _case(label, kernel, dtype, constants, tile.num_warps)
-    for kernel_size in (3, 5, 7):
-        for stride in (1, 2):
+    for kernel_size, strides in _SIZES[dtype].items():
+        for stride in strides:
             if kernel_size == 3 and stride == 1:
                 continue
             sizes = {"STRIDE_H": stride, "STRIDE_W": stride, "KERNEL_H": kernel_size, "KERNEL_W": kernel_size}
@@ -126,7 +128,7 @@ def _gradients(dtype: str) -> Iterator[Case]:
 
 
 def static_cases() -> Iterator[Case]:
-    """All depthwise kernels: three kernel sizes, two strides, three dtypes, all tiles."""
+    """All depthwise kernels over kernel sizes, strides, dtypes and tiles."""
     for dtype in TYPES:
         yield from _walks(dtype)
         yield from _gradients(dtype)
