@@ -49,7 +49,8 @@ def fuse(model: nn.Module, *, batch_norm: bool = True, impl: str = "auto") -> Re
 
     Raises:
         TypeError: `model` is not a module.
-        ValueError: `impl` names no implementation of the operators.
+        ValueError: `impl` names no implementation of the operators, or the model is fused and the class of a fused
+            module was changed since.
     """
     _check("fuse", model)
     validation.check_implementation("fuse", impl)

@@ -164,6 +164,8 @@ FORWARDS = {
     "F.silu": (lambda m, x: F.silu(m.bn(m.conv(x))), "silu", "silu()"),
     "F.hardswish": (lambda m, x: F.hardswish(m.bn(m.conv(x))), "hardswish", "hardswish()"),
     "F.leaky_relu": (lambda m, x: F.leaky_relu(m.bn(m.conv(x)), 0.3), "leaky_relu", "leaky_relu()"),
+    "F.relu by keyword": (lambda m, x: F.relu(input=m.bn(m.conv(x))), "relu", "relu()"),
+    "torch.relu by keyword": (lambda m, x: torch.relu(input=m.bn(m.conv(x))), "none", "bn"),
     "activated elsewhere": (lambda m, x: torch.sigmoid(m.bn(m.conv(x))), "none", "bn"),
     "norm output used twice": (lambda m, x: (lambda y: F.relu(y) + y)(m.bn(m.conv(x))), "none", "bn"),
     "relu before and after": (lambda m, x: m.relu(m.relu(m.bn(m.conv(m.relu(x + 1)))) - 1), "relu", "relu"),

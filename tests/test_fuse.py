@@ -15,6 +15,7 @@ from torch import nn
 from fastcifar import dispatch
 from fastcifar.fuse import fuse, unfuse
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 NORM = partial(nn.BatchNorm2d, CHANNELS)
 # dtype and tolerance by implementation
 IMPLEMENTATIONS = {"reference": (torch.float64, 1e-12)}
@@ -25,15 +26,6 @@ def impl(request):
     if request.param not in [i.name for i in dispatch.implementations("depthwise_conv_bn_act")]:
         pytest.skip(f"depthwise_conv_bn_act has no implementation {request.param!r} here")
     return request.param
-
-
-@pytest.fixture
-def one_thread():
-    """For layers this small, several threads wait more for each other than they work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -192,7 +184,7 @@ TORCHVISION = {
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
-def test_torchvision_models(name, impl, one_thread):
+def test_torchvision_models(name, impl):
     try:
         from torchvision import models
     except Exception as error:

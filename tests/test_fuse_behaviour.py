@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastcifar.fuse import fuse, unfuse
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MODULES = FORWARDS["modules"][0]
 
 

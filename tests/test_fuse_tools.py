@@ -15,6 +15,8 @@ from torch import nn
 from fastcifar import functional
 from fastcifar.fuse import fuse
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_compiles_without_graph_break(training):

@@ -122,7 +122,7 @@ class Trace:
             operands = set(user.all_input_nodes)
             fits = len(operands) == 2 and len(source.users) == 1 and user not in self.claimed
         else:
-            fits = function is not None and user.args[0] is node and user.all_input_nodes == [node]
+            fits = function is not None and user.args[:1] == (node,) and user.all_input_nodes == [node]
         return function if fits else f"followed by {getattr(target, '__name__', user.target)}, not by BatchNorm2d"
 
     def _module(self, node: fx.Node) -> Element:
