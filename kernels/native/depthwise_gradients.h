@@ -10,14 +10,6 @@ namespace depthwise {
 namespace FASTCIFAR_ISA {
 namespace {
 
-struct GradientPointers {
-  const float** source;  // [KH·KW]
-  union {
-    const float** weight;
-    float** sum;
-  };
-};
-
 // dy = scale·dA − offset − slope·(y − mean) of N pixels, into the ring's row.
 template <class T, Activation A, int N>
 FASTCIFAR_INLINE void dy_pixels(const GradientTask& task, const Channels& channels, Index at, float* out, Index step) {
@@ -63,11 +55,12 @@ struct Sweep {
   const Shape& shape;
   const Range& range;
   Channels channels;
-  RowFunctions functions;
-  GradientPointers pointers;
   Index padded;
-  float* sums;  // dweight of one image, [tap][vector][lane]
-  float* row;
+  ConvolveRow<Store<T>> convolve;
+  CorrelateRow correlate;
+  Taps taps;
+  Sums sums;
+  float* dweight;  // of one image, [tap][vector][lane]
   Ring x_ring, dy_ring;
 
   FASTCIFAR_INLINE explicit Sweep(const GradientTask& t)
@@ -75,127 +68,124 @@ struct Sweep {
         shape(t.shape),
         range(t.range),
         channels(range.channel_begin, range.channel_end),
-        functions(row_functions(shape.kernel_width, shape.stride_width, shape.dilation_width)),
         padded((shape.channels + kChannelAlign - 1) / kChannelAlign * kChannelAlign),
-        sums(t.scratch + pointer_scratch(shape)),
-        row(sums + shape.taps() * channels.vectors * kLanes),
-        x_ring(row + shape.width * kLanes, t.rings.x_left, t.rings.x_columns, t.rings.x_rows, channels.vectors),
+        convolve(shape.stride_width == 1 ? find_convolve_row<Store<T>>(shape.kernel_width, 1, shape.dilation_width)
+                                         : nullptr),
+        correlate(find_correlate_row(shape.kernel_width, shape.stride_width, shape.dilation_width)),
+        taps{0, reinterpret_cast<const float**>(t.scratch), nullptr, t.rings.dy_columns * kLanes,
+             convolve == nullptr ? padded : -padded, channels.vectors},
+        sums{0, taps.source, nullptr, t.rings.x_columns * kLanes, channels.vectors * kLanes,
+             t.rings.dy_columns * kLanes, channels.vectors},
+        dweight(t.scratch + pointer_scratch(shape)),
+        x_ring(dweight + shape.taps() * channels.vectors * kLanes, t.rings.x_left, t.rings.x_columns, t.rings.x_rows,
+               channels.vectors),
         dy_ring(x_ring.data + x_ring.size(), t.rings.dy_left, t.rings.dy_columns, t.rings.dy_rows, channels.vectors) {
-    pointers.source = reinterpret_cast<const float**>(t.scratch);
-    pointers.weight = pointers.source + shape.taps();
+    taps.weight = taps.source + shape.taps();
+    sums.sum = reinterpret_cast<float**>(t.scratch) + shape.taps();
   }
 
+  FASTCIFAR_INLINE float* dy_row_of(Index q) const { return dy_ring.row(q) + dy_ring.left * kLanes; }
+
   void make_dy(Index image, Index q) const {
-    float* out = dy_ring.row(q) + dy_ring.left * kLanes;
+    float* out = dy_row_of(q);
     const Index pixel = (image * shape.out_height + q) * shape.out_width;
     with_activation(task.normaliser.activation, [&](auto tag) FASTCIFAR_LAMBDA_INLINE {
       dy_row<T, decltype(tag)::value>(task, channels, pixel, out, dy_ring.vector_step());
     });
   }
 
-  void correlate(Index image, Index q) {
+  void add_to_dweight(Index image, Index q) {
     const T* x = static_cast<const T*>(task.x) + image * shape.height * shape.width * shape.channels;
     const Index first = q * shape.stride_height - shape.padding_height;
     const Index last = first + (shape.kernel_height - 1) * shape.dilation_height;
     fill(x_ring, x, shape.width, shape.channels, channels, first, last < shape.height ? last : shape.height - 1);
     const KernelSpan span(first, shape.dilation_height, shape.kernel_height, shape.height);
-    const Index sum_step = channels.vectors * kLanes;
-    for (int v = 0; v < channels.vectors; ++v) {
-      const float* gradient = dy_ring.row(q) + v * dy_ring.vector_step() + dy_ring.left * kLanes;
-      Index count = 0;
-      for (Index r = span.begin; r < span.end; ++r) {
-        const float* source = x_ring.row(first + r * shape.dilation_height) + v * x_ring.vector_step();
-        float* sum = sums + (r * shape.kernel_width) * sum_step + v * kLanes;
-        for (Index s = 0; s < (functions.correlate != nullptr ? 1 : shape.kernel_width); ++s) {
-          pointers.source[count] = source + s * shape.dilation_width * kLanes;
-          pointers.sum[count++] = sum + s * sum_step;
-        }
+    const Index width = correlate != nullptr ? 1 : shape.kernel_width;
+    sums.count = 0;
+    for (Index r = span.begin; r < span.end; ++r) {
+      const float* source = x_ring.row(first + r * shape.dilation_height);
+      float* sum = dweight + r * shape.kernel_width * sums.sum_tap_step;
+      for (Index s = 0; s < width; ++s) {
+        sums.source[sums.count] = source + s * shape.dilation_width * kLanes;
+        sums.sum[sums.count++] = sum + s * sums.sum_tap_step;
       }
-      if (functions.correlate != nullptr) {
-        functions.correlate(gradient, shape.out_width, pointers.source, pointers.sum, sum_step, int(count));
-        continue;
-      }
-      Index t = 0;
-      for (; t + 8 <= count; t += 8) {
-        correlate_taps<8>(gradient, shape.out_width, pointers.source + t, shape.stride_width, pointers.sum + t);
-      }
-      for (; t < count; ++t) {
-        correlate_taps<1>(gradient, shape.out_width, pointers.source + t, shape.stride_width, pointers.sum + t);
-      }
+    }
+    if (correlate != nullptr) {
+      correlate(sums, dy_row_of(q), shape.out_width);
+    } else {
+      correlate_any(sums, dy_row_of(q), shape.stride_width, shape.out_width);
     }
   }
 
-  // The last row of dy that row i of dx needs.
+  // The rows of dy that row i of dx needs: [first, last].
   FASTCIFAR_INLINE Index last_dy(Index i) const {
     const Index last = (i + shape.padding_height) / shape.stride_height;
     return last < shape.out_height ? last : shape.out_height - 1;
   }
-
   FASTCIFAR_INLINE Index first_dy(Index i) const {
     const Index first = i + shape.padding_height - (shape.kernel_height - 1) * shape.dilation_height;
     return first <= 0 ? 0 : (first + shape.stride_height - 1) / shape.stride_height;
   }
 
-  void make_dx_row(Index i, int v) {
-    const float* weights = task.weight + channels.begin + v * kLanes;
-    const bool direct = functions.convolve != nullptr && shape.stride_width == 1;
-    for (Index phase = 0; phase < shape.stride_width && phase < shape.width; ++phase) {
-      Index count = 0;
-      for (Index r = 0; r < shape.kernel_height; ++r) {
-        const Index t = i + shape.padding_height - r * shape.dilation_height;
-        if (t < 0 || t % shape.stride_height != 0 || t / shape.stride_height >= shape.out_height) continue;
-        const float* source = dy_ring.row(t / shape.stride_height) + v * dy_ring.vector_step() + dy_ring.left * kLanes;
-        const float* weight = weights + r * shape.kernel_width * padded;
-        if (direct) {
-          pointers.source[count] = source + (shape.padding_width - (shape.kernel_width - 1)) * kLanes;
-          pointers.weight[count++] = weight + (shape.kernel_width - 1) * padded;
-          continue;
-        }
-        for (Index s = 0; s < shape.kernel_width; ++s) {
-          const Index u = phase + shape.padding_width - s * shape.dilation_width;
-          if (u % shape.stride_width != 0) continue;
-          pointers.source[count] = source + u / shape.stride_width * kLanes;
-          pointers.weight[count++] = weight + s * padded;
-        }
+  // Lists the taps that columns phase, phase + stride, … of row i of dx take, whole kernel rows with `convolve`.
+  void list_taps(Index i, Index phase) {
+    taps.count = 0;
+    for (Index r = 0; r < shape.kernel_height; ++r) {
+      const Index t = i + shape.padding_height - r * shape.dilation_height;
+      if (t < 0 || t % shape.stride_height != 0 || t / shape.stride_height >= shape.out_height) continue;
+      const float* source = dy_row_of(t / shape.stride_height);
+      const float* weight = task.weight + r * shape.kernel_width * padded + channels.begin;
+      if (convolve != nullptr) {
+        taps.source[taps.count] = source + (shape.padding_width - (shape.kernel_width - 1)) * kLanes;
+        taps.weight[taps.count++] = weight + (shape.kernel_width - 1) * padded;
+        continue;
       }
-      if (direct) {
-        row_functions(shape.kernel_width, 1, 1).convolve({int(count), pointers.source, pointers.weight, -padded},
-                                                         shape.width, row);
+      for (Index s = 0; s < shape.kernel_width; ++s) {
+        const Index u = phase + shape.padding_width - s * shape.dilation_width;
+        if (u % shape.stride_width != 0) continue;
+        taps.source[taps.count] = source + u / shape.stride_width * kLanes;
+        taps.weight[taps.count++] = weight + s * padded;
+      }
+    }
+  }
+
+  void make_dx(Index i, T* out) {
+    for (Index phase = 0; phase < shape.stride_width && phase < shape.width; ++phase) {
+      list_taps(i, phase);
+      Store<T> epilogue{out + phase * shape.channels, shape.stride_width * shape.channels, channels};
+      if (convolve != nullptr) {
+        convolve(taps, shape.width, epilogue);
       } else {
-        const Index outputs = (shape.width - phase + shape.stride_width - 1) / shape.stride_width;
-        gather_row({count, pointers.source, pointers.weight}, 1, outputs, row + phase * kLanes, shape.stride_width);
+        gather_row(taps, 1, (shape.width - phase + shape.stride_width - 1) / shape.stride_width, epilogue);
       }
     }
   }
 
   void image(Index n) {
-    for (Index i = 0; i < shape.taps() * channels.vectors * kLanes; ++i) sums[i] = 0.0f;
+    for (Index i = 0; i < shape.taps() * sums.sum_tap_step; ++i) dweight[i] = 0.0f;
     x_ring.next = 0;
     Index q = range.row_begin;
     const auto advance = [&](Index end) FASTCIFAR_LAMBDA_INLINE {
       for (; q < end; ++q) {
         make_dy(n, q);
-        if (task.dweight != nullptr && q >= range.row_begin && q < range.row_end) correlate(n, q);
+        if (task.dweight != nullptr && q >= range.row_begin && q < range.row_end) add_to_dweight(n, q);
       }
     };
-    if (task.dx != nullptr) {
+    if (task.dx != nullptr && range.dx_row_begin < range.dx_row_end) {
       const Index first = first_dy(range.dx_row_begin);
-      if (range.dx_row_begin < range.dx_row_end && first < q) q = first;
+      if (first < q) q = first;
       T* dx = static_cast<T*>(task.dx) + n * shape.height * shape.width * shape.channels + channels.begin;
       for (Index i = range.dx_row_begin; i < range.dx_row_end; ++i) {
         advance(last_dy(i) + 1);
-        for (int v = 0; v < channels.vectors; ++v) {
-          make_dx_row(i, v);
-          store_row(row, shape.width, dx + i * shape.width * shape.channels, shape.channels, channels, v);
-        }
+        make_dx(i, dx + i * shape.width * shape.channels);
       }
     }
     if (task.dweight == nullptr) return;
     advance(range.row_end);
     for (Index t = 0; t < shape.taps(); ++t) {
       double* total = task.dweight + t * padded + channels.begin;
-      const float* part = sums + t * channels.vectors * kLanes;
-      for (int i = 0; i < channels.vectors * kLanes; ++i) total[i] += double(part[i]);
+      const float* part = dweight + t * sums.sum_tap_step;
+      for (Index i = 0; i < sums.sum_tap_step; ++i) total[i] += double(part[i]);
     }
   }
 };

@@ -17,17 +17,17 @@ struct Channels {
 
   FASTCIFAR_INLINE Channels(Index first, Index end)
       : begin(first), vectors(int((end - first + kLanes - 1) / kLanes)), last(int(end - first - (vectors - 1) * kLanes)) {}
-  FASTCIFAR_INLINE bool whole() const { return last == kLanes; }
+  FASTCIFAR_INLINE bool full(int v) const { return v + 1 < vectors || last == kLanes; }
 };
 
 template <class T>
 FASTCIFAR_INLINE Vec load_channels(const T* p, const Channels& channels, int v) {
-  return v + 1 < channels.vectors || channels.whole() ? load(p + v * kLanes) : load_first(p + v * kLanes, channels.last);
+  return channels.full(v) ? load(p + v * kLanes) : load_first(p + v * kLanes, channels.last);
 }
 
 template <class T>
 FASTCIFAR_INLINE void store_channels(T* p, const Channels& channels, int v, Vec value) {
-  if (v + 1 < channels.vectors || channels.whole()) {
+  if (channels.full(v)) {
     store(p + v * kLanes, value);
   } else {
     store_first(p + v * kLanes, value, channels.last);
@@ -58,7 +58,9 @@ struct Ring {
   FASTCIFAR_INLINE Index size() const { return rows * vectors * columns * kLanes; }
   FASTCIFAR_INLINE Index vector_step() const { return columns * kLanes; }
   // Column −left of the row, first vector.
-  FASTCIFAR_INLINE float* row(Index index) const { return data + (index % rows) * vectors * columns * kLanes; }
+  FASTCIFAR_INLINE float* row(Index index) const {
+    return data + Index(std::uint32_t(index) % std::uint32_t(rows)) * vectors * columns * kLanes;
+  }
 };
 
 // Widens rows up to and including `last` of an image [height][width][channels] into the ring, from `first` on.
@@ -69,19 +71,17 @@ void fill(Ring& ring, const T* image, Index width, Index channel_count, const Ch
   for (; ring.next <= last; ++ring.next) {
     const T* source = image + ring.next * width * channel_count + channels.begin;
     float* target = ring.row(ring.next) + ring.left * kLanes;
-    const Index step = ring.vector_step();
-    const int vectors = channels.vectors;
-    if (channels.whole()) {
-      for (Index column = 0; column < width; ++column) {
-        prefetch_pixel(source + (kRowsAhead * width + column) * channel_count, vectors);
-        for (int v = 0; v < vectors; ++v) {
-          store(target + v * step + column * kLanes, load(source + column * channel_count + v * kLanes));
+    for (Index column = 0; column < width; ++column) {
+      prefetch_pixel(source + (kRowsAhead * width + column) * channel_count, channels.vectors);
+    }
+    for (int v = 0; v < channels.vectors; ++v, target += ring.vector_step()) {
+      if (channels.full(v)) {
+        for (Index column = 0; column < width; ++column) {
+          store(target + column * kLanes, load(source + column * channel_count + v * kLanes));
         }
-      }
-    } else {
-      for (Index column = 0; column < width; ++column) {
-        for (int v = 0; v < channels.vectors; ++v) {
-          store(target + v * step + column * kLanes, load_channels(source + column * channel_count, channels, v));
+      } else {
+        for (Index column = 0; column < width; ++column) {
+          store(target + column * kLanes, load_first(source + column * channel_count + v * kLanes, channels.last));
         }
       }
     }

@@ -87,7 +87,7 @@ FASTCIFAR_INLINE std::int64_t forward_scratch(const Shape& shape, const Rings& r
 }
 
 FASTCIFAR_INLINE std::int64_t gradient_scratch(const Shape& shape, const Rings& rings, std::int64_t block) {
-  return block * (rings.x_rows * rings.x_columns + rings.dy_rows * rings.dy_columns + shape.width + shape.taps()) +
+  return block * (rings.x_rows * rings.x_columns + rings.dy_rows * rings.dy_columns + shape.taps()) +
          pointer_scratch(shape);
 }
 
