@@ -90,14 +90,14 @@ void statistics(const Task& task) {
       const T* row = x + pixel * task.channels;
       each_vector(task.channels, [&](Index c, auto vector) FASTCIFAR_LAMBDA_INLINE {
         const Vec pivot = load(task.mean + c);
-        Vec sum = load(first + c), square = load(second + c);
+        Vec sum = zero(), square = zero();
         for (int i = 0; i < count.value; ++i) {
           const Vec centred = vector.read(row + i * task.channels + c) - pivot;
           sum = sum + centred;
           square = fma(centred, centred, square);
         }
-        store(first + c, sum);
-        store(second + c, square);
+        store(first + c, load(first + c) + sum);
+        store(second + c, load(second + c) + square);
       });
     });
   });
@@ -144,7 +144,7 @@ void reduce_range(const Task& task) {
       const Index start = pixel * task.channels;
       each_vector(task.channels, [&](Index c, auto vector) FASTCIFAR_LAMBDA_INLINE {
         const Vec mean = load(task.mean + c), scale = load(task.scale + c), shift = load(task.shift + c);
-        Vec sum = load(first + c), product = load(second + c);
+        Vec sum = zero(), product = zero();
         for (int i = 0; i < count.value; ++i) {
           const Index at = start + i * task.channels + c;
           const Vec centred = vector.read(x + at) - mean;
@@ -155,8 +155,8 @@ void reduce_range(const Task& task) {
           sum = sum + gradient;
           product = fma(gradient, centred, product);
         }
-        store(first + c, sum);
-        store(second + c, product);
+        store(first + c, load(first + c) + sum);
+        store(second + c, load(second + c) + product);
       });
     });
   });

@@ -9,7 +9,7 @@ from . import configs, depthwise_backward, depthwise_forward, statistics
 
 TYPES = {"fp32": 4, "fp16": 2, "bf16": 2}
 # Kernel sizes and their strides by dtype: bf16 differs from fp16 in conversions only.
-_SIZES = {"fp32": {3: (1, 2), 5: (2,), 7: (1,)}, "fp16": {3: (1, 2), 5: (1,), 7: (2,)}, "bf16": {3: (1,)}}
+_SIZES = {"fp32": {3: (1, 2), 5: (1, 2), 7: (1, 2)}, "fp16": {3: (1, 2), 5: (1, 2), 7: (1, 2)}, "bf16": {3: (1, 2)}}
 
 
 class Case(NamedTuple):
@@ -58,6 +58,7 @@ def _types(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]
 
 
 def _case(label, kernel, dtype, constants, warps, *, wide=True, **types) -> Case:
+    wide = wide and not (constants.get("KERNEL_H") == 7 and TYPES[dtype] == 2)
     found = {**_types(kernel, dtype, constants), **types}
     pointers = tuple(name for name in found if name.endswith("_ptr"))
     tensors = tuple(name for name in ("x_ptr", "z_ptr", "dz_ptr", "dy_ptr", "dx_ptr") if name in found)
