@@ -44,7 +44,7 @@ def vector_width(element_size: int, channels: int) -> int:
 
 
 def default(operation: str, element_size: int, kernel_size: int, channels: int, width: int) -> Tile:
-    """A tile for any shape: 8-byte loads (4 bytes for 16-bit 7×7), 128 threads, as many channels as give whole 64-byte sectors."""
+    """A tile for any shape: 128 threads, 8-byte loads (4 for 16-bit 7×7), channels that fill whole 64-byte sectors."""
     vector = 8 // element_size
     if kernel_size == 7:
         vector = 2  # 49 weights for each channel of a thread: four channels' would spill
