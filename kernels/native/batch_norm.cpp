@@ -14,6 +14,7 @@ using Index = std::int64_t;
 
 constexpr Index kTiles = 64;                 // enough for even work, few enough for cheap partial sums
 constexpr Index kPixelsPerTile = 64;         // at least
+constexpr Index kPivotPixels = 32;
 constexpr Index kValuesPerThread = 1 << 14;  // below that a thread costs more than it brings
 
 const Kernels& kernels() {
@@ -119,8 +120,15 @@ void statistics(const Tensors& tensors, double* statistics, int threads) {
   const Index channels = tensors.channels;
   std::fill_n(statistics, 2 * channels, 0.0);
   if (tensors.pixels == 0) return;
-  // Sums about the first pixel's values, which lie within the spread of the others: nothing large cancels.
-  for (Index c = 0; c < channels; ++c) passes.vector(0)[c] = widen(tensors.dtype, tensors.x, c);
+  // Sums about the mean of a few pixels, far nearer to the mean of all than their spread: next to nothing cancels.
+  const Index pivots = std::min(kPivotPixels, tensors.pixels);
+  for (Index c = 0; c < channels; ++c) {
+    double sum = 0.0;
+    for (Index i = 0; i < pivots; ++i) {
+      sum += widen(tensors.dtype, tensors.x, i * tensors.pixels / pivots * channels + c);
+    }
+    passes.vector(0)[c] = float(sum / double(pivots));
+  }
   std::vector<double> sums;
   passes.run(kernels().statistics, Activation::none, 0.0f, nullptr, nullptr, &sums);
   const double count = double(tensors.pixels);
