@@ -10,7 +10,7 @@ namespace depthwise {
 namespace FASTCIFAR_ISA {
 namespace {
 
-// dy = scale·dA − offset − slope·(y − mean) of N pixels, into the ring's row.
+// dy = scale·dA + offset + slope·(y − mean) of N pixels, into the ring's row.
 template <class T, Activation A, int N>
 FASTCIFAR_INLINE void dy_pixels(const GradientTask& task, const Channels& channels, Index at, float* out, Index step) {
   const Normaliser& n = task.normaliser;
@@ -31,7 +31,7 @@ FASTCIFAR_INLINE void dy_pixels(const GradientTask& task, const Channels& channe
       const Vec gradient =
           activation_gradient<A>(fma(centred, scale, shift),
                                  load_channels(dz + i.value * task.shape.channels, channels, v), negative_slope);
-      store(out + v * step + i.value * kLanes, fma(gradient, scale, zero() - fma(centred, slope, offset)));
+      store(out + v * step + i.value * kLanes, fma(gradient, scale, fma(centred, slope, offset)));
     });
   }
 }
@@ -99,11 +99,12 @@ struct Sweep {
     const Index first = q * shape.stride_height - shape.padding_height;
     const Index last = first + (shape.kernel_height - 1) * shape.dilation_height;
     fill(x_ring, x, shape.width, shape.channels, channels, first, last < shape.height ? last : shape.height - 1);
-    const KernelSpan span(first, shape.dilation_height, shape.kernel_height, shape.height);
     const Index width = correlate != nullptr ? 1 : shape.kernel_width;
     sums.count = 0;
-    for (Index r = span.begin; r < span.end; ++r) {
-      const float* source = x_ring.row(first + r * shape.dilation_height);
+    for (Index r = 0; r < shape.kernel_height; ++r) {
+      const Index input = first + r * shape.dilation_height;
+      if (input < 0 || input >= shape.height) continue;
+      const float* source = x_ring.row(input);
       float* sum = dweight + r * shape.kernel_width * sums.sum_tap_step;
       for (Index s = 0; s < width; ++s) {
         sums.source[sums.count] = source + s * shape.dilation_width * kLanes;
@@ -132,8 +133,9 @@ struct Sweep {
     taps.count = 0;
     for (Index r = 0; r < shape.kernel_height; ++r) {
       const Index t = i + shape.padding_height - r * shape.dilation_height;
-      if (t < 0 || t % shape.stride_height != 0 || t / shape.stride_height >= shape.out_height) continue;
-      const float* source = dy_row_of(t / shape.stride_height);
+      const Index q = shape.stride_height == 1 ? t : t / shape.stride_height;
+      if (t < 0 || q >= shape.out_height || q * shape.stride_height != t) continue;
+      const float* source = dy_row_of(q);
       const float* weight = task.weight + r * shape.kernel_width * padded + channels.begin;
       if (convolve != nullptr) {
         taps.source[taps.count] = source + (shape.padding_width - (shape.kernel_width - 1)) * kLanes;
@@ -152,7 +154,7 @@ struct Sweep {
   void make_dx(Index i, T* out) {
     for (Index phase = 0; phase < shape.stride_width && phase < shape.width; ++phase) {
       list_taps(i, phase);
-      Store<T> epilogue{out + phase * shape.channels, shape.stride_width * shape.channels, channels};
+      const Store<T> epilogue{out + phase * shape.channels, shape.stride_width * shape.channels, channels};
       if (convolve != nullptr) {
         convolve(taps, shape.width, epilogue);
       } else {

@@ -88,18 +88,6 @@ void fill(Ring& ring, const T* image, Index width, Index channel_count, const Ch
   }
 }
 
-// Kernel rows r whose input row first + r·dilation lies in [0, height): [begin, end).
-struct KernelSpan {
-  Index begin, end;
-
-  FASTCIFAR_INLINE KernelSpan(Index first, Index dilation, Index kernel, Index height)
-      : begin(first < 0 ? (-first + dilation - 1) / dilation : 0),
-        end(first >= height ? 0 : (height - 1 - first) / dilation + 1) {
-    if (end > kernel) end = kernel;
-    if (begin > end) begin = end;
-  }
-};
-
 }  // namespace
 }  // namespace FASTCIFAR_ISA
 }  // namespace depthwise
