@@ -10,42 +10,56 @@ namespace depthwise {
 namespace FASTCIFAR_ISA {
 namespace {
 
-// dy = scale·dA + offset + slope·(y − mean) of N pixels, into the ring's row.
-template <class T, Activation A, int N>
-FASTCIFAR_INLINE void dy_pixels(const GradientTask& task, const Channels& channels, Index at, float* out, Index step) {
-  const Normaliser& n = task.normaliser;
-  const Vec negative_slope = set(n.negative_slope);
-  const T* y = static_cast<const T*>(task.y) + at;
-  const T* dz = static_cast<const T*>(task.dz) + at;
-  const Index ahead = kRowsAhead * task.shape.out_width * task.shape.channels;
+struct DyVectors {
+  Vec mean, scale, shift, offset, slope, negative_slope;
+};
+
+// dy = scale·dA + offset + slope·(y − mean) of N pixels of one vector of channels, into the ring's row. Only the first
+// `lanes` channels are there unless Full.
+template <class T, Activation A, int N, bool Full>
+FASTCIFAR_INLINE void dy_pixels(const T* y, const T* dz, Index step, const DyVectors& d, float* out, int lanes) {
   repeat<0, N>([&](auto i) FASTCIFAR_LAMBDA_INLINE {
-    prefetch_pixel(y + ahead + i.value * task.shape.channels, channels.vectors);
-    prefetch_pixel(dz + ahead + i.value * task.shape.channels, channels.vectors);
+    const T* p = y + i.value * step;
+    const T* q = dz + i.value * step;
+    const Vec centred = (Full ? load(p) : load_first(p, lanes)) - d.mean;
+    const Vec gradient = activation_gradient<A>(fma(centred, d.scale, d.shift), Full ? load(q) : load_first(q, lanes),
+                                                d.negative_slope);
+    store(out + i.value * kLanes, fma(gradient, d.scale, fma(centred, d.slope, d.offset)));
   });
-  for (int v = 0; v < channels.vectors; ++v) {
-    const Index c = channels.begin + v * kLanes;
-    const Vec mean = load(n.mean + c), scale = load(n.scale + c), shift = load(n.shift + c);
-    const Vec offset = load(task.offset + c), slope = load(task.slope + c);
-    repeat<0, N>([&](auto i) FASTCIFAR_LAMBDA_INLINE {
-      const Vec centred = load_channels(y + i.value * task.shape.channels, channels, v) - mean;
-      const Vec gradient =
-          activation_gradient<A>(fma(centred, scale, shift),
-                                 load_channels(dz + i.value * task.shape.channels, channels, v), negative_slope);
-      store(out + v * step + i.value * kLanes, fma(gradient, scale, fma(centred, slope, offset)));
-    });
+}
+
+template <class T, Activation A, bool Full>
+FASTCIFAR_INLINE void dy_vector(const T* y, const T* dz, Index count, Index step, const DyVectors& d, float* out,
+                                int lanes) {
+  Index o = 0;
+  for (; o + kPixels <= count; o += kPixels) {
+    dy_pixels<T, A, kPixels, Full>(y + o * step, dz + o * step, step, d, out + o * kLanes, lanes);
   }
+  for (; o < count; ++o) dy_pixels<T, A, 1, Full>(y + o * step, dz + o * step, step, d, out + o * kLanes, lanes);
 }
 
 template <class T, Activation A>
-void dy_row(const GradientTask& task, const Channels& channels, Index pixel, float* out, Index step) {
-  const Shape& shape = task.shape;
-  const Index at = pixel * shape.channels + channels.begin;
-  Index o = 0;
-  for (; o + kPixels <= shape.out_width; o += kPixels) {
-    dy_pixels<T, A, kPixels>(task, channels, at + o * shape.channels, out + o * kLanes, step);
+void dy_row(const GradientTask& task, const Channels& channels, Index pixel, float* out, Index vector_step) {
+  const Index count = task.shape.out_width, step = task.shape.channels;
+  const Normaliser n = task.normaliser;
+  const float *offset = task.offset, *slope = task.slope;
+  const int vectors = channels.vectors, last = channels.last;
+  const T* y = static_cast<const T*>(task.y) + pixel * step + channels.begin;
+  const T* dz = static_cast<const T*>(task.dz) + pixel * step + channels.begin;
+  for (Index o = 0; o < count; ++o) {
+    prefetch_pixel(y + (kRowsAhead * count + o) * step, vectors);
+    prefetch_pixel(dz + (kRowsAhead * count + o) * step, vectors);
   }
-  for (; o < shape.out_width; ++o) {
-    dy_pixels<T, A, 1>(task, channels, at + o * shape.channels, out + o * kLanes, step);
+  for (int v = 0; v < vectors; ++v) {
+    const Index c = channels.begin + v * kLanes;
+    const DyVectors d{load(n.mean + c),  load(n.scale + c), load(n.shift + c),
+                      load(offset + c), load(slope + c),   set(n.negative_slope)};
+    const Index at = v * kLanes;
+    if (v + 1 < vectors || last == kLanes) {
+      dy_vector<T, A, true>(y + at, dz + at, count, step, d, out + v * vector_step, kLanes);
+    } else {
+      dy_vector<T, A, false>(y + at, dz + at, count, step, d, out + v * vector_step, last);
+    }
   }
 }
 

@@ -65,7 +65,8 @@ struct Taps {
 
 // Σ_r Σ_s weight[r][s] · source[r][S·o + s] for each o < count, the kernel's width K and the stride S known.
 template <int K, int S, class Epilogue>
-void convolve_row(const Taps& rows, Index count, const Epilogue& epilogue) {
+void convolve_row(const Taps& all, Index count, const Epilogue& epilogue) {
+  const Taps rows = all;  // a copy of its own: stores could change another one
   for (int v = 0; v < rows.vectors; ++v) {
     typename Epilogue::Row row(epilogue, v);
     for_blocks(count, [&](Index o, auto size) FASTCIFAR_LAMBDA_INLINE {
@@ -98,7 +99,8 @@ void convolve_row(const Taps& rows, Index count, const Epilogue& epilogue) {
 
 // Σ_t weight[t] · source[t][o·step] for each o < count: single taps of a kernel of any shape.
 template <class Epilogue>
-void gather_row(const Taps& taps, Index step, Index count, const Epilogue& epilogue) {
+void gather_row(const Taps& all, Index step, Index count, const Epilogue& epilogue) {
+  const Taps taps = all;
   for (int v = 0; v < taps.vectors; ++v) {
     typename Epilogue::Row row(epilogue, v);
     for_blocks(count, [&](Index o, auto size) FASTCIFAR_LAMBDA_INLINE {
@@ -152,7 +154,8 @@ FASTCIFAR_INLINE void correlate_some(const Sums& rows, Index first, int v, const
 }
 
 template <int K, int S>
-void correlate_row(const Sums& rows, const float* gradient, Index count) {
+void correlate_row(const Sums& all, const float* gradient, Index count) {
+  const Sums rows = all;
   constexpr int R = K == 3 ? 3 : K == 5 ? 2 : 1;  // enough sums to hide the latency, few enough for the registers
   for (int v = 0; v < rows.vectors; ++v, gradient += rows.gradient_vector_step) {
     Index r = 0;
