@@ -108,8 +108,8 @@ class Vectors {
   }
   void set_terms(const double* terms) {
     for (Index c = 0; c < channels_; ++c) {
-      data_[3 * width_ + c] = float(weight(c) * rstd(c) * terms[c]);
-      data_[4 * width_ + c] = float(weight(c) * rstd(c) * rstd(c) * terms[channels_ + c]);
+      data_[3 * width_ + c] = float(-weight(c) * rstd(c) * terms[c]);
+      data_[4 * width_ + c] = float(-weight(c) * rstd(c) * rstd(c) * terms[channels_ + c]);
     }
   }
   const float* offset() const { return data_.data() + 3 * width_; }

@@ -20,70 +20,78 @@ template <class T>
 struct Store {
   T* out;
   Index step;  // from an output to the next
-  Channels channels;
-  T* at = nullptr;
-  bool full = true;
+  const Channels& channels;
 
-  FASTCIFAR_INLINE void start(int v) {
-    at = out + v * kLanes;
-    full = channels.full(v);
-  }
-  template <int N>
-  FASTCIFAR_INLINE void finish(Index o, const Vec (&sum)[N]) const {
-    T* p = at + o * step;
-    if (full) {
-      repeat<0, N>([&](auto i) FASTCIFAR_LAMBDA_INLINE { store(p + i.value * step, sum[i.value]); });
-    } else {
-      repeat<0, N>([&](auto i) FASTCIFAR_LAMBDA_INLINE {
-        store_first(p + i.value * step, sum[i.value], channels.last);
-      });
+  struct Row {
+    T* out;
+    Index step;
+    int lanes;
+
+    FASTCIFAR_INLINE Row(const Store& target, int v)
+        : out(target.out + v * kLanes), step(target.step), lanes(target.channels.full(v) ? kLanes : target.channels.last) {}
+    template <int N>
+    FASTCIFAR_INLINE void finish(Index o, const Vec (&sum)[N]) const {
+      T* p = out + o * step;
+      if (lanes == kLanes) {
+        repeat<0, N>([&](auto i) FASTCIFAR_LAMBDA_INLINE { store(p + i.value * step, sum[i.value]); });
+      } else {
+        repeat<0, N>([&](auto i) FASTCIFAR_LAMBDA_INLINE { store_first(p + i.value * step, sum[i.value], lanes); });
+      }
     }
-  }
-  FASTCIFAR_INLINE void end(int) const {}
+    FASTCIFAR_INLINE void end() const {}
+  };
 };
 
 // Stores a row and adds its float32 values to the sums.
 template <class T>
 struct StoreAndSum {
   Store<T> target;
-  ShiftedSums sums;
-  Vec shift = zero(), sum = zero(), square = zero();
+  const ShiftedSums& sums;
 
-  FASTCIFAR_INLINE void start(int v) {
-    target.start(v);
-    shift = load(sums.shift + v * kLanes);
-    sum = square = zero();
-  }
-  template <int N>
-  FASTCIFAR_INLINE void finish(Index o, const Vec (&values)[N]) {
-    target.finish(o, values);
-    Vec totals[2] = {zero(), zero()}, squares[2] = {zero(), zero()};
-    repeat<0, N>([&](auto i) FASTCIFAR_LAMBDA_INLINE {
-      const Vec d = values[i.value] - shift;
-      totals[i.value % 2] = totals[i.value % 2] + d;
-      squares[i.value % 2] = fma(d, d, squares[i.value % 2]);
-    });
-    sum = sum + (totals[0] + totals[1]);
-    square = square + (squares[0] + squares[1]);
-  }
-  FASTCIFAR_INLINE void end(int v) const {
-    store(sums.sum + v * kLanes, load(sums.sum + v * kLanes) + sum);
-    store(sums.square + v * kLanes, load(sums.square + v * kLanes) + square);
-  }
+  struct Row {
+    typename Store<T>::Row target;
+    float *total, *total_square;
+    Vec shift, sum = zero(), square = zero();
+
+    FASTCIFAR_INLINE Row(const StoreAndSum& both, int v)
+        : target(both.target, v),
+          total(both.sums.sum + v * kLanes),
+          total_square(both.sums.square + v * kLanes),
+          shift(load(both.sums.shift + v * kLanes)) {}
+    template <int N>
+    FASTCIFAR_INLINE void finish(Index o, const Vec (&values)[N]) {
+      target.finish(o, values);
+      Vec sums[2] = {zero(), zero()}, squares[2] = {zero(), zero()};
+      repeat<0, N>([&](auto i) FASTCIFAR_LAMBDA_INLINE {
+        const Vec d = values[i.value] - shift;
+        sums[i.value % 2] = sums[i.value % 2] + d;
+        squares[i.value % 2] = fma(d, d, squares[i.value % 2]);
+      });
+      sum = sum + (sums[0] + sums[1]);
+      square = square + (squares[0] + squares[1]);
+    }
+    FASTCIFAR_INLINE void end() const {
+      store(total, load(total) + sum);
+      store(total_square, load(total_square) + square);
+    }
+  };
 };
 
 // Keeps a row as float32, [vector][output][lane].
 struct Keep {
   float* out;
   Index vector_step;
-  float* at = nullptr;
 
-  FASTCIFAR_INLINE void start(int v) { at = out + v * vector_step; }
-  template <int N>
-  FASTCIFAR_INLINE void finish(Index o, const Vec (&sum)[N]) const {
-    repeat<0, N>([&](auto i) FASTCIFAR_LAMBDA_INLINE { store(at + (o + i.value) * kLanes, sum[i.value]); });
-  }
-  FASTCIFAR_INLINE void end(int) const {}
+  struct Row {
+    float* out;
+
+    FASTCIFAR_INLINE Row(const Keep& target, int v) : out(target.out + v * target.vector_step) {}
+    template <int N>
+    FASTCIFAR_INLINE void finish(Index o, const Vec (&sum)[N]) const {
+      repeat<0, N>([&](auto i) FASTCIFAR_LAMBDA_INLINE { store(out + (o + i.value) * kLanes, sum[i.value]); });
+    }
+    FASTCIFAR_INLINE void end() const {}
+  };
 };
 
 // Chan's merge of an image's sums into (seen, mean, m2).
@@ -146,11 +154,12 @@ struct Forward {
     const Index first = o * shape.stride_height - shape.padding_height;
     const Index last = first + (shape.kernel_height - 1) * shape.dilation_height;
     fill(ring, image, shape.width, shape.channels, channels, first, last < shape.height ? last : shape.height - 1);
-    const KernelSpan span(first, shape.dilation_height, shape.kernel_height, shape.height);
     const Index width = direct ? 1 : shape.kernel_width;
     taps.count = 0;
-    for (Index r = span.begin; r < span.end; ++r) {
-      const float* source = ring.row(first + r * shape.dilation_height);
+    for (Index r = 0; r < shape.kernel_height; ++r) {
+      const Index input = first + r * shape.dilation_height;
+      if (input < 0 || input >= shape.height) continue;
+      const float* source = ring.row(input);
       const float* weight = task.weight + r * shape.kernel_width * padded + channels.begin;
       for (Index s = 0; s < width; ++s) {
         taps.source[taps.count] = source + s * shape.dilation_width * kLanes;
@@ -160,7 +169,7 @@ struct Forward {
   }
 
   template <class Epilogue>
-  FASTCIFAR_INLINE void run(const Taps& used, Index count, Epilogue& epilogue) const {
+  FASTCIFAR_INLINE void run(const Taps& used, Index count, const Epilogue& epilogue) const {
     if (direct) {
       find_convolve_row<Epilogue>(shape.kernel_width, shape.stride_width, 1)(used, count, epilogue);
     } else {
@@ -172,8 +181,7 @@ struct Forward {
   void choose_shift() {
     const Index offset = shape.out_width / 2 * shape.stride_width * kLanes;
     for (Index t = 0; t < taps.count; ++t) taps.source[t] += offset;
-    Keep keep{sums.shift, kLanes};
-    run(taps, 1, keep);
+    run(taps, 1, Keep{sums.shift, kLanes});
     for (Index t = 0; t < taps.count; ++t) taps.source[t] -= offset;
     for (Index i = 0; i < channels.vectors * kLanes; ++i) sums.sum[i] = sums.square[i] = 0.0f;
   }
@@ -186,14 +194,12 @@ struct Forward {
       T* out_row = out + o * shape.out_width * shape.channels;
       prepare(x, o);
       if (task.normaliser != nullptr) {
-        Keep keep{row, shape.out_width * kLanes};
-        run(taps, shape.out_width, keep);
+        run(taps, shape.out_width, Keep{row, shape.out_width * kLanes});
         activate_row(row, shape.out_width, *task.normaliser, channels, out_row, shape.channels);
         continue;
       }
       if (o == task.range.row_begin) choose_shift();
-      StoreAndSum<T> epilogue{{out_row, shape.channels, channels}, sums};
-      run(taps, shape.out_width, epilogue);
+      run(taps, shape.out_width, StoreAndSum<T>{{out_row, shape.channels, channels}, sums});
     }
   }
 };

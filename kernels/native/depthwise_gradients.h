@@ -10,42 +10,56 @@ namespace depthwise {
 namespace FASTCIFAR_ISA {
 namespace {
 
-// dy = scale·dA − offset − slope·(y − mean) of N pixels, into the ring's row.
-template <class T, Activation A, int N>
-FASTCIFAR_INLINE void dy_pixels(const GradientTask& task, const Channels& channels, Index at, float* out, Index step) {
-  const Normaliser& n = task.normaliser;
-  const Vec negative_slope = set(n.negative_slope);
-  const T* y = static_cast<const T*>(task.y) + at;
-  const T* dz = static_cast<const T*>(task.dz) + at;
-  const Index ahead = kRowsAhead * task.shape.out_width * task.shape.channels;
+struct DyVectors {
+  Vec mean, scale, shift, offset, slope, negative_slope;
+};
+
+// dy = scale·dA + offset + slope·(y − mean) of N pixels of one vector of channels, into the ring's row. Only the first
+// `lanes` channels are there unless Full.
+template <class T, Activation A, int N, bool Full>
+FASTCIFAR_INLINE void dy_pixels(const T* y, const T* dz, Index step, const DyVectors& d, float* out, int lanes) {
   repeat<0, N>([&](auto i) FASTCIFAR_LAMBDA_INLINE {
-    prefetch_pixel(y + ahead + i.value * task.shape.channels, channels.vectors);
-    prefetch_pixel(dz + ahead + i.value * task.shape.channels, channels.vectors);
+    const T* p = y + i.value * step;
+    const T* q = dz + i.value * step;
+    const Vec centred = (Full ? load(p) : load_first(p, lanes)) - d.mean;
+    const Vec gradient = activation_gradient<A>(fma(centred, d.scale, d.shift), Full ? load(q) : load_first(q, lanes),
+                                                d.negative_slope);
+    store(out + i.value * kLanes, fma(gradient, d.scale, fma(centred, d.slope, d.offset)));
   });
-  for (int v = 0; v < channels.vectors; ++v) {
-    const Index c = channels.begin + v * kLanes;
-    const Vec mean = load(n.mean + c), scale = load(n.scale + c), shift = load(n.shift + c);
-    const Vec offset = load(task.offset + c), slope = load(task.slope + c);
-    repeat<0, N>([&](auto i) FASTCIFAR_LAMBDA_INLINE {
-      const Vec centred = load_channels(y + i.value * task.shape.channels, channels, v) - mean;
-      const Vec gradient =
-          activation_gradient<A>(fma(centred, scale, shift),
-                                 load_channels(dz + i.value * task.shape.channels, channels, v), negative_slope);
-      store(out + v * step + i.value * kLanes, fma(gradient, scale, zero() - fma(centred, slope, offset)));
-    });
+}
+
+template <class T, Activation A, bool Full>
+FASTCIFAR_INLINE void dy_vector(const T* y, const T* dz, Index count, Index step, const DyVectors& d, float* out,
+                                int lanes) {
+  Index o = 0;
+  for (; o + kPixels <= count; o += kPixels) {
+    dy_pixels<T, A, kPixels, Full>(y + o * step, dz + o * step, step, d, out + o * kLanes, lanes);
   }
+  for (; o < count; ++o) dy_pixels<T, A, 1, Full>(y + o * step, dz + o * step, step, d, out + o * kLanes, lanes);
 }
 
 template <class T, Activation A>
-void dy_row(const GradientTask& task, const Channels& channels, Index pixel, float* out, Index step) {
-  const Shape& shape = task.shape;
-  const Index at = pixel * shape.channels + channels.begin;
-  Index o = 0;
-  for (; o + kPixels <= shape.out_width; o += kPixels) {
-    dy_pixels<T, A, kPixels>(task, channels, at + o * shape.channels, out + o * kLanes, step);
+void dy_row(const GradientTask& task, const Channels& channels, Index pixel, float* out, Index vector_step) {
+  const Index count = task.shape.out_width, step = task.shape.channels;
+  const Normaliser n = task.normaliser;
+  const float *offset = task.offset, *slope = task.slope;
+  const int vectors = channels.vectors, last = channels.last;
+  const T* y = static_cast<const T*>(task.y) + pixel * step + channels.begin;
+  const T* dz = static_cast<const T*>(task.dz) + pixel * step + channels.begin;
+  for (Index o = 0; o < count; ++o) {
+    prefetch_pixel(y + (kRowsAhead * count + o) * step, vectors);
+    prefetch_pixel(dz + (kRowsAhead * count + o) * step, vectors);
   }
-  for (; o < shape.out_width; ++o) {
-    dy_pixels<T, A, 1>(task, channels, at + o * shape.channels, out + o * kLanes, step);
+  for (int v = 0; v < vectors; ++v) {
+    const Index c = channels.begin + v * kLanes;
+    const DyVectors d{load(n.mean + c),  load(n.scale + c), load(n.shift + c),
+                      load(offset + c), load(slope + c),   set(n.negative_slope)};
+    const Index at = v * kLanes;
+    if (v + 1 < vectors || last == kLanes) {
+      dy_vector<T, A, true>(y + at, dz + at, count, step, d, out + v * vector_step, kLanes);
+    } else {
+      dy_vector<T, A, false>(y + at, dz + at, count, step, d, out + v * vector_step, last);
+    }
   }
 }
 
@@ -99,11 +113,12 @@ struct Sweep {
     const Index first = q * shape.stride_height - shape.padding_height;
     const Index last = first + (shape.kernel_height - 1) * shape.dilation_height;
     fill(x_ring, x, shape.width, shape.channels, channels, first, last < shape.height ? last : shape.height - 1);
-    const KernelSpan span(first, shape.dilation_height, shape.kernel_height, shape.height);
     const Index width = correlate != nullptr ? 1 : shape.kernel_width;
     sums.count = 0;
-    for (Index r = span.begin; r < span.end; ++r) {
-      const float* source = x_ring.row(first + r * shape.dilation_height);
+    for (Index r = 0; r < shape.kernel_height; ++r) {
+      const Index input = first + r * shape.dilation_height;
+      if (input < 0 || input >= shape.height) continue;
+      const float* source = x_ring.row(input);
       float* sum = dweight + r * shape.kernel_width * sums.sum_tap_step;
       for (Index s = 0; s < width; ++s) {
         sums.source[sums.count] = source + s * shape.dilation_width * kLanes;
@@ -132,8 +147,9 @@ struct Sweep {
     taps.count = 0;
     for (Index r = 0; r < shape.kernel_height; ++r) {
       const Index t = i + shape.padding_height - r * shape.dilation_height;
-      if (t < 0 || t % shape.stride_height != 0 || t / shape.stride_height >= shape.out_height) continue;
-      const float* source = dy_row_of(t / shape.stride_height);
+      const Index q = shape.stride_height == 1 ? t : t / shape.stride_height;
+      if (t < 0 || q >= shape.out_height || q * shape.stride_height != t) continue;
+      const float* source = dy_row_of(q);
       const float* weight = task.weight + r * shape.kernel_width * padded + channels.begin;
       if (convolve != nullptr) {
         taps.source[taps.count] = source + (shape.padding_width - (shape.kernel_width - 1)) * kLanes;
@@ -152,7 +168,7 @@ struct Sweep {
   void make_dx(Index i, T* out) {
     for (Index phase = 0; phase < shape.stride_width && phase < shape.width; ++phase) {
       list_taps(i, phase);
-      Store<T> epilogue{out + phase * shape.channels, shape.stride_width * shape.channels, channels};
+      const Store<T> epilogue{out + phase * shape.channels, shape.stride_width * shape.channels, channels};
       if (convolve != nullptr) {
         convolve(taps, shape.width, epilogue);
       } else {

@@ -63,6 +63,16 @@ struct Ring {
   }
 };
 
+template <class T>
+FASTCIFAR_INLINE void widen_row(const T* source, Index width, Index step, float* target) {
+  constexpr int N = 4;
+  Index column = 0;
+  for (; column + N <= width; column += N, source += N * step, target += N * kLanes) {
+    repeat<0, N>([&](auto i) FASTCIFAR_LAMBDA_INLINE { store(target + i.value * kLanes, load(source + i.value * step)); });
+  }
+  for (; column < width; ++column, source += step, target += kLanes) store(target, load(source));
+}
+
 // Widens rows up to and including `last` of an image [height][width][channels] into the ring, from `first` on.
 template <class T>
 void fill(Ring& ring, const T* image, Index width, Index channel_count, const Channels& channels, Index first,
@@ -71,34 +81,22 @@ void fill(Ring& ring, const T* image, Index width, Index channel_count, const Ch
   for (; ring.next <= last; ++ring.next) {
     const T* source = image + ring.next * width * channel_count + channels.begin;
     float* target = ring.row(ring.next) + ring.left * kLanes;
+    const Index vector_step = ring.vector_step();
+    const int vectors = channels.vectors, last_lanes = channels.last;
     for (Index column = 0; column < width; ++column) {
-      prefetch_pixel(source + (kRowsAhead * width + column) * channel_count, channels.vectors);
+      prefetch_pixel(source + (kRowsAhead * width + column) * channel_count, vectors);
     }
-    for (int v = 0; v < channels.vectors; ++v, target += ring.vector_step()) {
-      if (channels.full(v)) {
-        for (Index column = 0; column < width; ++column) {
-          store(target + column * kLanes, load(source + column * channel_count + v * kLanes));
-        }
+    for (int v = 0; v < vectors; ++v, target += vector_step, source += kLanes) {
+      if (v + 1 < vectors || last_lanes == kLanes) {
+        widen_row(source, width, channel_count, target);
       } else {
         for (Index column = 0; column < width; ++column) {
-          store(target + column * kLanes, load_first(source + column * channel_count + v * kLanes, channels.last));
+          store(target + column * kLanes, load_first(source + column * channel_count, last_lanes));
         }
       }
     }
   }
 }
-
-// Kernel rows r whose input row first + r·dilation lies in [0, height): [begin, end).
-struct KernelSpan {
-  Index begin, end;
-
-  FASTCIFAR_INLINE KernelSpan(Index first, Index dilation, Index kernel, Index height)
-      : begin(first < 0 ? (-first + dilation - 1) / dilation : 0),
-        end(first >= height ? 0 : (height - 1 - first) / dilation + 1) {
-    if (end > kernel) end = kernel;
-    if (begin > end) begin = end;
-  }
-};
 
 }  // namespace
 }  // namespace FASTCIFAR_ISA

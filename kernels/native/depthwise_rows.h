@@ -59,15 +59,16 @@ struct Taps {
   int vectors;
 };
 
-// An Epilogue takes the sums of a row as they come, in registers: start(v), finish(first output, sums) for each block
-// of outputs, end(v), for each vector v of channels.
+// An Epilogue takes the sums of a row as they come, in registers. Its type Row is made for each vector v of channels;
+// Row::finish(first output, sums) gets each block of outputs, Row::end() follows the last. What a Row changes is its
+// own, so that it can live in registers.
 
 // Σ_r Σ_s weight[r][s] · source[r][S·o + s] for each o < count, the kernel's width K and the stride S known.
 template <int K, int S, class Epilogue>
-void convolve_row(const Taps& rows, Index count, Epilogue& result) {
-  Epilogue epilogue = result;
+void convolve_row(const Taps& all, Index count, const Epilogue& epilogue) {
+  const Taps rows = all;  // a copy of its own: stores could change another one
   for (int v = 0; v < rows.vectors; ++v) {
-    epilogue.start(v);
+    typename Epilogue::Row row(epilogue, v);
     for_blocks(count, [&](Index o, auto size) FASTCIFAR_LAMBDA_INLINE {
       constexpr int N = decltype(size)::value;
       Vec sum[N];
@@ -81,7 +82,7 @@ void convolve_row(const Taps& rows, Index count, Epilogue& result) {
         });
         repeat<0, S*(N - 1) + K>([&](auto column) FASTCIFAR_LAMBDA_INLINE {
           constexpr int c = decltype(column)::value;
-          const Vec value = load(source + c * kLanes);
+          const Vec value = pin(load(source + c * kLanes));
           repeat<0, K>([&](auto tap) FASTCIFAR_LAMBDA_INLINE {
             constexpr int s = decltype(tap)::value;
             if constexpr (c >= s && (c - s) % S == 0 && (c - s) / S < N) {
@@ -90,19 +91,18 @@ void convolve_row(const Taps& rows, Index count, Epilogue& result) {
           });
         });
       }
-      epilogue.finish(o, sum);
+      row.finish(o, sum);
     });
-    epilogue.end(v);
+    row.end();
   }
-  result = epilogue;
 }
 
 // Σ_t weight[t] · source[t][o·step] for each o < count: single taps of a kernel of any shape.
 template <class Epilogue>
-void gather_row(const Taps& taps, Index step, Index count, Epilogue& result) {
-  Epilogue epilogue = result;
+void gather_row(const Taps& all, Index step, Index count, const Epilogue& epilogue) {
+  const Taps taps = all;
   for (int v = 0; v < taps.vectors; ++v) {
-    epilogue.start(v);
+    typename Epilogue::Row row(epilogue, v);
     for_blocks(count, [&](Index o, auto size) FASTCIFAR_LAMBDA_INLINE {
       constexpr int N = decltype(size)::value;
       Vec sum[N];
@@ -114,11 +114,10 @@ void gather_row(const Taps& taps, Index step, Index count, Epilogue& result) {
           sum[i.value] = fma(load(source + i.value * step * kLanes), weight, sum[i.value]);
         });
       }
-      epilogue.finish(o, sum);
+      row.finish(o, sum);
     });
-    epilogue.end(v);
+    row.end();
   }
-  result = epilogue;
 }
 
 // The same taps with the place of each one's sum, [tap][vector][lane], for the correlation.
@@ -155,7 +154,8 @@ FASTCIFAR_INLINE void correlate_some(const Sums& rows, Index first, int v, const
 }
 
 template <int K, int S>
-void correlate_row(const Sums& rows, const float* gradient, Index count) {
+void correlate_row(const Sums& all, const float* gradient, Index count) {
+  const Sums rows = all;
   constexpr int R = K == 3 ? 3 : K == 5 ? 2 : 1;  // enough sums to hide the latency, few enough for the registers
   for (int v = 0; v < rows.vectors; ++v, gradient += rows.gradient_vector_step) {
     Index r = 0;
@@ -203,7 +203,7 @@ inline void correlate_any(const Sums& taps, const float* gradient, Index step, I
 
 // Code for kernels whose width and stride are known when it is compiled; null for all others.
 template <class Epilogue>
-using ConvolveRow = void (*)(const Taps&, Index, Epilogue&);
+using ConvolveRow = void (*)(const Taps&, Index, const Epilogue&);
 using CorrelateRow = void (*)(const Sums&, const float*, Index);
 
 template <class Epilogue>

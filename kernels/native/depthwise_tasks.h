@@ -63,7 +63,7 @@ struct GradientTask {
   const void* y;
   const void* dz;
   Normaliser normaliser;
-  const float* offset;  // dy = scale·dA − offset − slope·(y − mean)
+  const float* offset;  // dy = scale·dA + offset + slope·(y − mean)
   const float* slope;
   void* dx;             // null: not wanted
   double* dweight;      // [KH·KW, padded C], added to; null: not wanted

@@ -11,6 +11,7 @@
 // load_first(p, n) store_first(p, v, n)         the first n lanes, 0 ≤ n ≤ lanes; the other lanes load as zero
 // fma(a, b, c) min(a, b) max(a, b)              a·b + c; min and max return b when either is NaN
 // greater(a, b) select(mask, a, b)              mask is false for NaN
+// pin(v)                                        v, kept in a register
 // round(v) scale_by_power(v, n)                 nearest integer; v·2ⁿ for whole n in [−127, 127]
 
 #include "storage.h"

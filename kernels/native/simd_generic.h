@@ -20,6 +20,7 @@ struct Mask {
   Ints m;
 };
 
+FASTCIFAR_INLINE Vec pin(Vec a) { return a; }
 FASTCIFAR_INLINE Vec set(float s) { return {Floats{s, s, s, s}}; }
 FASTCIFAR_INLINE Vec zero() { return set(0.0f); }
 FASTCIFAR_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
