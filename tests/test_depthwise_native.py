@@ -191,10 +191,11 @@ def test_sixteen_bit_values_round_as_torch_rounds(isa):
         x = every[: every.numel() // 16 * 16].reshape(1, 16, -1, 1).contiguous(memory_format=torch.channels_last)
         for factor in (1.0, 1.0078125, 0.5, 3.0):
             weight = torch.full((16, 1, 1, 1), factor, dtype=dtype)
-            expected = (x.float() * weight.float().view(1, 16, 1, 1)).to(dtype)
+            exact = x.float() * weight.float().view(1, 16, 1, 1)
             y, _ = torch.ops.fastcifar.native_depthwise_statistics(x, weight, [1, 1], [0, 0], [1, 1])
-            normal = expected.float().abs() >= torch.finfo(torch.float32).tiny
-            assert torch.equal(y[normal], expected[normal])
+            # AVX-512's own narrowing to bfloat16 takes subnormal float32 values for zero.
+            normal = exact.abs() >= torch.finfo(torch.float32).tiny
+            assert torch.equal(y[normal], exact.to(dtype)[normal])
 
 
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
@@ -300,8 +301,6 @@ def test_opcheck(layout):
     for operator, arguments in (
         (operators.native_depthwise_statistics, (x, weight, *sizes)),
         (operators.native_depthwise_inference, (x, weight, *norm, *sizes, *act)),
-        (operators.native_depthwise_normalise, (y, *norm, *act)),
-        (operators.native_depthwise_reduce, (dz, y, *norm, *act)),
         (operators.native_depthwise_gradients, (dz, x, weight, y, *norm, terms, *sizes, *act, True, True)),
         (operators.native_depthwise_gradients, (dz, x, weight, y, *norm, None, *sizes, *act, True, False)),
     ):
@@ -353,7 +352,7 @@ def test_ranks_of_different_size_equal_one_process():
     ranks = run_ranks(_rank, len(parts), parts, others, gradients)
     joined = [numpy.concatenate([rank[i] for rank in ranks]) for i in (0, 1)]
     summed = [sum(rank[i] for rank in ranks) for i in (2, 3, 4)]
-    for name, value in zip(oracle.NAMES[:5], joined + summed, strict=True):
+    for name, value in zip(("z", "x", "weight", "bn_weight", "bn_bias"), joined + summed, strict=True):
         oracle.within(torch.from_numpy(value).double(), whole[name], low[name], torch.float32, name)
     for i, name in ((5, "running_mean"), (6, "running_var")):
         for rank in ranks:

@@ -275,7 +275,9 @@ def test_a_network_trains_as_with_the_reference(monkeypatch):
 
     def losses(implementation, dtype):
         torch.manual_seed(0)
-        model = models.create_model("ds_resnet", 4, width=0.25, strides=(1, 2, 1, 1), impl="reference").to(dtype)
+        # No kink: two trajectories part for good where a rounding puts a value on the other side of ReLU's.
+        options = {"width": 0.25, "strides": (1, 2, 1, 1), "activation": "silu", "impl": "reference"}
+        model = models.create_model("ds_resnet", 4, **options).to(dtype)
         for module in model.modules():
             if isinstance(module, DepthwiseConvBNAct):
                 module.impl = implementation

@@ -14,7 +14,7 @@ from fastcifar import native
 from fastcifar.ops.statistics import check_total, merge_over_ranks, update_running
 from fastcifar.validation import ACTIVATIONS
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NORM = "Tensor? weight, Tensor? bias, Tensor statistics, float eps, str activation, float negative_slope"
 _LIBRARY = torch.library.Library("fastcifar", "FRAGMENT")
 _LIBRARY.define("native_batch_norm_statistics(Tensor x) -> Tensor")
@@ -44,10 +44,10 @@ def _empty_rows(like: torch.Tensor) -> torch.Tensor:
 def _tensors(x: torch.Tensor, residual: torch.Tensor | None) -> tuple[int, int, int, int, int]:
     channels = x.shape[-1]
     address = 0 if residual is None else residual.data_ptr()
-    return x.numel() // max(channels, 1), channels, _DTYPES[x.dtype], x.data_ptr(), address
+    return x.numel() // max(channels, 1), channels, DTYPES[x.dtype], x.data_ptr(), address
 
 
-class _Norm:
+class Norm:
     """γ, β and statistics in the dtypes that the module reads, kept alive while it does."""
 
     def __init__(self, weight, bias, statistics, eps, activation, negative_slope):
@@ -56,6 +56,7 @@ class _Norm:
         self.options = float(eps), ACTIVATIONS.index(activation), float(negative_slope)
 
     def numbers(self) -> tuple:
+        """What the module's functions take as `norm`."""
         return *(0 if tensor is None else tensor.data_ptr() for tensor in self.tensors), *self.options
 
 
@@ -70,7 +71,7 @@ def _statistics(x):
 @_implementation("native_batch_norm_normalise")
 def _normalise(x, residual, weight, bias, statistics, eps, activation, negative_slope):
     rows, added = _rows(x), None if residual is None else _rows(residual)
-    norm, z = _Norm(weight, bias, statistics, eps, activation, negative_slope), _empty_rows(x)
+    norm, z = Norm(weight, bias, statistics, eps, activation, negative_slope), _empty_rows(x)
     native.module().batch_norm_normalise(
         _tensors(rows, added), norm.numbers(), z.data_ptr(), torch.get_num_threads()
     )
@@ -80,7 +81,7 @@ def _normalise(x, residual, weight, bias, statistics, eps, activation, negative_
 @_implementation("native_batch_norm_reduce")
 def _reduce(dz, x, residual, weight, bias, statistics, eps, activation, negative_slope):
     rows, gradient, added = _rows(x), _rows(dz), None if residual is None else _rows(residual)
-    norm = _Norm(weight, bias, statistics, eps, activation, negative_slope)
+    norm = Norm(weight, bias, statistics, eps, activation, negative_slope)
     sums = torch.empty((2, x.shape[1]), dtype=torch.float64)
     da = None if residual is None else _empty_rows(x)
     native.module().batch_norm_reduce(
@@ -93,7 +94,7 @@ def _reduce(dz, x, residual, weight, bias, statistics, eps, activation, negative
 @_implementation("native_batch_norm_gradient")
 def _gradient(dz, x, terms, weight, bias, statistics, eps, activation, negative_slope):
     rows, gradient = _rows(x), _rows(dz)
-    norm, dx = _Norm(weight, bias, statistics, eps, activation, negative_slope), _empty_rows(x)
+    norm, dx = Norm(weight, bias, statistics, eps, activation, negative_slope), _empty_rows(x)
     terms = None if terms is None else terms.double().contiguous()
     native.module().batch_norm_gradient(
         _tensors(rows, None), gradient.data_ptr(), norm.numbers(), 0 if terms is None else terms.data_ptr(),

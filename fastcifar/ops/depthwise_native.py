@@ -12,10 +12,9 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from fastcifar import native, reference
+from fastcifar.ops.batch_norm_native import DTYPES, Norm
 from fastcifar.ops.statistics import check_total, merge_over_ranks, update_running
-from fastcifar.validation import ACTIVATIONS, output_size
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from fastcifar.validation import output_size
 
 _SIZES = "int[] stride, int[] padding, int[] dilation"
 _NORM = "Tensor? bn_weight, Tensor? bn_bias, Tensor statistics"
@@ -23,8 +22,6 @@ _ACT = "float eps, str activation, float negative_slope"
 _LIBRARY = torch.library.Library("fastcifar", "FRAGMENT")
 _LIBRARY.define(f"native_depthwise_statistics(Tensor x, Tensor weight, {_SIZES}) -> (Tensor, Tensor)")
 _LIBRARY.define(f"native_depthwise_inference(Tensor x, Tensor weight, {_NORM}, {_SIZES}, {_ACT}) -> Tensor")
-_LIBRARY.define(f"native_depthwise_normalise(Tensor y, {_NORM}, {_ACT}) -> Tensor")
-_LIBRARY.define(f"native_depthwise_reduce(Tensor dz, Tensor y, {_NORM}, {_ACT}) -> Tensor")
 _LIBRARY.define(
     f"native_depthwise_gradients(Tensor dz, Tensor x, Tensor weight, Tensor y, {_NORM}, Tensor? terms, {_SIZES}, "
     f"{_ACT}, bool need_dx, bool need_dw) -> (Tensor, Tensor)"
@@ -58,20 +55,6 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-class _Vectors:
-    """γ, β and statistics in the dtypes that the module reads, kept alive while it does."""
-
-    def __init__(self, bn_weight, bn_bias, statistics, eps, activation, negative_slope):
-        self.tensors = (
-            statistics.to(torch.float64).contiguous(),
-            *(None if vector is None else vector.float().contiguous() for vector in (bn_weight, bn_bias)),
-        )
-        self.options = float(eps), ACTIVATIONS.index(activation), float(negative_slope)
-
-    def numbers(self) -> tuple:
-        return *map(_address, self.tensors), *self.options
-
-
 @_implementation("native_depthwise_statistics")
 def _statistics(x, weight, stride, padding, dilation):
     x, taps = _channels_last(x), weight.float().contiguous()
@@ -79,7 +62,7 @@ def _statistics(x, weight, stride, padding, dilation):
     y = _empty(x, shape[0], shape[3], *shape[4:6])
     statistics = torch.empty((2, x.shape[1]), dtype=torch.float64)
     native.module().depthwise_statistics(
-        shape, _DTYPES[x.dtype], x.data_ptr(), taps.data_ptr(), y.data_ptr(), statistics.data_ptr(),
+        shape, DTYPES[x.dtype], x.data_ptr(), taps.data_ptr(), y.data_ptr(), statistics.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return y, statistics
@@ -88,38 +71,14 @@ def _statistics(x, weight, stride, padding, dilation):
 @_implementation("native_depthwise_inference")
 def _inference(x, weight, bn_weight, bn_bias, statistics, stride, padding, dilation, eps, activation, negative_slope):
     x, taps = _channels_last(x), weight.float().contiguous()
-    vectors = _Vectors(bn_weight, bn_bias, statistics, eps, activation, negative_slope)
+    norm = Norm(bn_weight, bn_bias, statistics, eps, activation, negative_slope)
     shape = _shape(x, weight, stride, padding, dilation)
     z = _empty(x, shape[0], shape[3], *shape[4:6])
     native.module().depthwise_inference(
-        shape, _DTYPES[x.dtype], x.data_ptr(), taps.data_ptr(), vectors.numbers(), z.data_ptr(),
+        shape, DTYPES[x.dtype], x.data_ptr(), taps.data_ptr(), norm.numbers(), z.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return z
-
-
-@_implementation("native_depthwise_normalise")
-def _normalise(y, bn_weight, bn_bias, statistics, eps, activation, negative_slope):
-    y = _channels_last(y)
-    vectors = _Vectors(bn_weight, bn_bias, statistics, eps, activation, negative_slope)
-    z = _empty(y, *y.shape)
-    native.module().depthwise_normalise(
-        y.shape[0] * y.shape[2] * y.shape[3], y.shape[1], _DTYPES[y.dtype], y.data_ptr(), vectors.numbers(),
-        z.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return z
-
-
-@_implementation("native_depthwise_reduce")
-def _reduce(dz, y, bn_weight, bn_bias, statistics, eps, activation, negative_slope):
-    y, dz = _channels_last(y), _channels_last(dz)
-    vectors = _Vectors(bn_weight, bn_bias, statistics, eps, activation, negative_slope)
-    sums = torch.empty((2, y.shape[1]), dtype=torch.float64)
-    native.module().depthwise_reduce(
-        y.shape[0] * y.shape[2] * y.shape[3], y.shape[1], _DTYPES[y.dtype], y.data_ptr(), dz.data_ptr(),
-        vectors.numbers(), sums.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return sums
 
 
 @_implementation("native_depthwise_gradients")
@@ -128,13 +87,13 @@ def _gradients(
     negative_slope, need_dx, need_dw,
 ):  # fmt: skip
     x, y, dz, taps = _channels_last(x), _channels_last(y), _channels_last(dz), weight.float().contiguous()
-    vectors = _Vectors(bn_weight, bn_bias, statistics, eps, activation, negative_slope)
+    norm = Norm(bn_weight, bn_bias, statistics, eps, activation, negative_slope)
     terms = None if terms is None else terms.to(torch.float64).contiguous()
     dx = _empty(x, *x.shape) if need_dx else None
     dw = torch.empty(weight.shape, dtype=torch.float32) if need_dw else None
     native.module().depthwise_gradients(
-        _shape(x, weight, stride, padding, dilation), _DTYPES[x.dtype], x.data_ptr(), taps.data_ptr(), y.data_ptr(),
-        dz.data_ptr(), vectors.numbers(), _address(terms), _address(dx), _address(dw), torch.get_num_threads(),
+        _shape(x, weight, stride, padding, dilation), DTYPES[x.dtype], x.data_ptr(), taps.data_ptr(), y.data_ptr(),
+        dz.data_ptr(), norm.numbers(), _address(terms), _address(dx), _address(dw), torch.get_num_threads(),
     )  # fmt: skip
     return x.new_empty(0) if dx is None else dx, weight.new_empty(0) if dw is None else dw.to(weight.dtype)
 
@@ -152,16 +111,6 @@ def _fake_inference(
     return _fake_statistics(x, weight, stride, padding, dilation)[0]
 
 
-@torch.library.register_fake("fastcifar::native_depthwise_normalise", lib=_LIBRARY)
-def _fake_normalise(y, *arguments):
-    return _empty(y, *y.shape)
-
-
-@torch.library.register_fake("fastcifar::native_depthwise_reduce", lib=_LIBRARY)
-def _fake_reduce(dz, y, *arguments):
-    return y.new_empty((2, y.shape[1]), dtype=torch.float64)
-
-
 @torch.library.register_fake("fastcifar::native_depthwise_gradients", lib=_LIBRARY)
 def _fake_gradients(dz, x, weight, *arguments):
     need_dx, need_dw = arguments[-2:]
@@ -172,7 +121,7 @@ def _fake_gradients(dz, x, weight, *arguments):
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bn_weight, bn_bias, y, statistics, count, sizes, act, training, process_group):
-        z = torch.ops.fastcifar.native_depthwise_normalise(y, bn_weight, bn_bias, statistics, *act)
+        z = torch.ops.fastcifar.native_batch_norm_normalise(y, None, bn_weight, bn_bias, statistics, *act)
         ctx.save_for_backward(x, weight, bn_weight, bn_bias, y, statistics, count)
         ctx.settings = sizes, act, training, process_group
         return z
@@ -186,7 +135,7 @@ class _Fused(torch.autograd.Function):
         norm = bn_weight, bn_bias, statistics
         dx = dw = sums = terms = None
         if need_gamma or need_beta or (training and (need_dx or need_dw)):
-            sums = torch.ops.fastcifar.native_depthwise_reduce(dz, y, *norm, *act)
+            sums, _ = torch.ops.fastcifar.native_batch_norm_reduce(dz, y, None, *norm, *act)
         if training and (need_dx or need_dw):
             shared = sums
             if process_group is not None:

@@ -6,16 +6,12 @@
 
 #include "batch_norm_tasks.h"
 #include "isa.h"
+#include "work.h"
 
 namespace fastcifar::batch_norm {
 namespace {
 
-using Index = std::int64_t;
-
-constexpr Index kTiles = 64;                 // enough for even work, few enough for cheap partial sums
-constexpr Index kPixelsPerTile = 64;         // at least
 constexpr Index kPivotPixels = 32;
-constexpr Index kValuesPerThread = 1 << 14;  // below that a thread costs more than it brings
 
 const Kernels& kernels() {
   switch (isa()) {
@@ -27,8 +23,6 @@ const Kernels& kernels() {
     default: return baseline::kernels();
   }
 }
-
-Index divide_up(Index a, Index b) { return (a + b - 1) / b; }
 
 float widen(Dtype dtype, const void* values, Index index) {
   if (dtype == Dtype::float32) return static_cast<const float*>(values)[index];
@@ -45,132 +39,78 @@ float widen(Dtype dtype, const void* values, Index index) {
   return (bits & 0x8000) != 0 ? -magnitude : magnitude;
 }
 
-// The passes of one call: pixels in equal parts that follow from the shape alone, each with its own sums.
-class Passes {
- public:
-  Passes(const Tensors& tensors, int threads)
-      : tensors_(tensors),
-        width_(divide_up(tensors.channels, kChannelAlign) * kChannelAlign),
-        tiles_(std::min<Index>(kTiles, divide_up(tensors.pixels, kPixelsPerTile))),
-        threads_(int(std::max<Index>(
-            1, std::min<Index>(threads, tensors.pixels * tensors.channels / kValuesPerThread)))),
-        vectors_(5 * width_, 0.0f) {}
+// One pass over the pixels.
+void run(void (*const kernel[kDtypes])(const Task&), const Tensors& tensors, const Normaliser& normaliser,
+         const void* dz, void* out, int threads) {
+  const PixelTiles tiles(tensors.pixels);
+  parallel(tiles.count, useful_threads(threads, tensors.pixels * tensors.channels), [&](Index tile, int) {
+    kernel[int(tensors.dtype)]({tiles.begin(tile), tiles.begin(tile + 1), tensors.channels, tensors.x,
+                                tensors.residual, dz, out, normaliser, nullptr, nullptr});
+  });
+}
 
-  float* vector(int index) { return vectors_.data() + index * width_; }
-  Index width() const { return width_; }
-  Index tiles() const { return tiles_; }
-  Index begin(Index tile) const { return tile * tensors_.pixels / tiles_; }
-
-  void set_norm(const Norm& norm) {
-    for (Index c = 0; c < tensors_.channels; ++c) {
-      vector(0)[c] = float(norm.statistics[c]);
-      vector(1)[c] = float(factor(norm, c));
-      vector(2)[c] = norm.bias == nullptr ? 0.0f : norm.bias[c];
-    }
+// The same with two sums a channel: [2, C].
+void run_with_sums(void (*const kernel[kDtypes])(const Task&), const Tensors& tensors, const Normaliser& normaliser,
+                   const void* dz, void* out, double* sums, int threads) {
+  const PixelTiles tiles(tensors.pixels);
+  const Index width = padded(tensors.channels);
+  threads = useful_threads(threads, tensors.pixels * tensors.channels);
+  const Scratch scratch(2 * width, threads);
+  std::vector<double> partials(tiles.count * 2 * width, 0.0);
+  parallel(tiles.count, threads, [&](Index tile, int thread) {
+    kernel[int(tensors.dtype)]({tiles.begin(tile), tiles.begin(tile + 1), tensors.channels, tensors.x,
+                                tensors.residual, dz, out, normaliser, partials.data() + tile * 2 * width,
+                                scratch.of(thread)});
+  });
+  std::fill_n(sums, 2 * tensors.channels, 0.0);
+  for (Index row = 0; row < 2 * tiles.count; ++row) {
+    const double* part = partials.data() + row * width;
+    double* sum = sums + row % 2 * tensors.channels;
+    for (Index c = 0; c < tensors.channels; ++c) sum[c] += part[c];
   }
-
-  void set_terms(const Norm& norm, const double* terms) {
-    for (Index c = 0; c < tensors_.channels && terms != nullptr; ++c) {
-      vector(3)[c] = float(factor(norm, c) * terms[c]);
-      vector(4)[c] = float(factor(norm, c) * rstd(norm, c) * terms[tensors_.channels + c]);
-    }
-  }
-
-  double rstd(const Norm& norm, Index c) const {
-    return 1.0 / std::sqrt(norm.statistics[tensors_.channels + c] + norm.eps);
-  }
-
-  // sums, where wanted, holds [tiles, 2, width].
-  void run(void (*const kernel[kDtypes])(const Task&), Activation activation, float negative_slope, const void* dz,
-           void* out, std::vector<double>* sums) {
-    std::vector<float> scratch(sums == nullptr ? 0 : tiles_ * 2 * width_);
-    if (sums != nullptr) sums->assign(tiles_ * 2 * width_, 0.0);
-    const auto work = kernel[int(tensors_.dtype)];
-    const auto one = [&](Index tile) {
-      const Index place = tile * 2 * width_;
-      work({begin(tile), begin(tile + 1), tensors_.channels, tensors_.x, tensors_.residual, dz, out, vector(0),
-            vector(1), vector(2), vector(3), vector(4), activation, negative_slope,
-            sums == nullptr ? nullptr : sums->data() + place, scratch.empty() ? nullptr : scratch.data() + place});
-    };
-#ifdef _OPENMP
-    if (threads_ > 1 && tiles_ > 1) {
-#pragma omp parallel for num_threads(threads_) schedule(static)
-      for (Index tile = 0; tile < tiles_; ++tile) one(tile);
-      return;
-    }
-#endif
-    for (Index tile = 0; tile < tiles_; ++tile) one(tile);
-  }
-
- private:
-  double factor(const Norm& norm, Index c) const {
-    return (norm.weight == nullptr ? 1.0 : double(norm.weight[c])) * rstd(norm, c);
-  }
-
-  const Tensors& tensors_;
-  Index width_, tiles_;
-  int threads_;
-  std::vector<float> vectors_;
-};
+}
 
 }  // namespace
 
 void statistics(const Tensors& tensors, double* statistics, int threads) {
-  Passes passes(tensors, threads);
   const Index channels = tensors.channels;
   std::fill_n(statistics, 2 * channels, 0.0);
   if (tensors.pixels == 0) return;
   // Sums about the mean of a few pixels, far nearer to the mean of all than their spread: next to nothing cancels.
+  std::vector<float> pivot(padded(channels), 0.0f);
   const Index pivots = std::min(kPivotPixels, tensors.pixels);
   for (Index c = 0; c < channels; ++c) {
     double sum = 0.0;
     for (Index i = 0; i < pivots; ++i) {
       sum += widen(tensors.dtype, tensors.x, i * tensors.pixels / pivots * channels + c);
     }
-    passes.vector(0)[c] = float(sum / double(pivots));
+    pivot[c] = float(sum / double(pivots));
   }
-  std::vector<double> sums;
-  passes.run(kernels().statistics, Activation::none, 0.0f, nullptr, nullptr, &sums);
+  Normaliser normaliser{};
+  normaliser.mean = pivot.data();
+  run_with_sums(kernels().statistics, tensors, normaliser, nullptr, nullptr, statistics, threads);
   const double count = double(tensors.pixels);
   for (Index c = 0; c < channels; ++c) {
-    double first = 0.0, second = 0.0;
-    for (Index tile = 0; tile < passes.tiles(); ++tile) {
-      first += sums[tile * 2 * passes.width() + c];
-      second += sums[(tile * 2 + 1) * passes.width() + c];
-    }
-    const double shift = first / count;
-    statistics[c] = double(passes.vector(0)[c]) + shift;
-    statistics[channels + c] = std::max(0.0, second / count - shift * shift);
+    const double shift = statistics[c] / count;
+    statistics[c] = double(pivot[c]) + shift;
+    statistics[channels + c] = std::max(0.0, statistics[channels + c] / count - shift * shift);
   }
 }
 
 void normalise(const Tensors& tensors, const Norm& norm, void* z, int threads) {
-  Passes passes(tensors, threads);
-  passes.set_norm(norm);
-  passes.run(kernels().normalise, norm.activation, norm.negative_slope, nullptr, z, nullptr);
+  const NormVectors vectors(norm, tensors.channels);
+  run(kernels().normalise, tensors, vectors.normaliser(), nullptr, z, threads);
 }
 
 void reduce(const Tensors& tensors, const void* dz, const Norm& norm, void* da, double* sums, int threads) {
-  Passes passes(tensors, threads);
-  passes.set_norm(norm);
-  std::vector<double> partials;
-  passes.run(kernels().reduce, norm.activation, norm.negative_slope, dz, da, &partials);
-  for (Index c = 0; c < tensors.channels; ++c) {
-    double first = 0.0, second = 0.0;
-    for (Index tile = 0; tile < passes.tiles(); ++tile) {
-      first += partials[tile * 2 * passes.width() + c];
-      second += partials[(tile * 2 + 1) * passes.width() + c];
-    }
-    sums[c] = first;
-    sums[tensors.channels + c] = second * passes.rstd(norm, c);
-  }
+  const NormVectors vectors(norm, tensors.channels);
+  run_with_sums(kernels().reduce, tensors, vectors.normaliser(), dz, da, sums, threads);
+  for (Index c = 0; c < tensors.channels; ++c) sums[tensors.channels + c] *= vectors.rstd(c);
 }
 
 void gradient(const Tensors& tensors, const void* dz, const Norm& norm, const double* terms, void* dx, int threads) {
-  Passes passes(tensors, threads);
-  passes.set_norm(norm);
-  passes.set_terms(norm, terms);
-  passes.run(kernels().gradient, norm.activation, norm.negative_slope, dz, dx, nullptr);
+  const NormVectors vectors(norm, tensors.channels, terms);
+  run(kernels().gradient, tensors, vectors.normaliser(), dz, dx, threads);
 }
 
 }  // namespace fastcifar::batch_norm

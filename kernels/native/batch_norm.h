@@ -2,21 +2,12 @@
 
 #include <cstdint>
 
-#include "storage.h"
+#include "norm.h"
 
 // Batch normalisation, addition of a residual and activation on the CPU: z = act(weight·ŷ + bias + residual) with
 // ŷ = (x − mean)/√(variance + eps). Tensors are [pixels, C] in memory (channels-last), of one dtype; vectors [C] are
 // float32, statistics and sums float64. Every result is the same for any number of threads.
 namespace fastcifar::batch_norm {
-
-struct Norm {
-  const double* statistics;  // [2, C]: mean and biased variance
-  const float* weight;       // null for ones
-  const float* bias;         // null for zeros
-  double eps;
-  Activation activation;
-  float negative_slope;
-};
 
 struct Tensors {
   std::int64_t pixels, channels;

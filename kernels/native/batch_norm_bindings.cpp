@@ -1,11 +1,10 @@
 #include "batch_norm_bindings.h"
 
-#include <nanobind/stl/tuple.h>
-
 #include <stdexcept>
 #include <tuple>
 
 #include "batch_norm.h"
+#include "binding_helpers.h"
 
 namespace nb = nanobind;
 namespace bn = fastcifar::batch_norm;
@@ -13,13 +12,7 @@ using namespace nb::literals;
 
 namespace {
 
-// Tensors arrive as addresses (0 for none): nothing here knows torch.
-using Address = std::uintptr_t;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
+using fastcifar::Address, fastcifar::norm, fastcifar::NormNumbers, fastcifar::pointer;
 
 // (pixels, channels, dtype, x, residual)
 using TensorNumbers = std::tuple<std::int64_t, std::int64_t, int, Address, Address>;
@@ -27,20 +20,7 @@ using TensorNumbers = std::tuple<std::int64_t, std::int64_t, int, Address, Addre
 bn::Tensors tensors(const TensorNumbers& v) {
   const auto [pixels, channels, dtype, x, residual] = v;
   if (pixels < 0 || channels < 0) throw std::invalid_argument("batch_norm: a negative size");
-  if (dtype < 0 || dtype >= fastcifar::kDtypes) throw std::invalid_argument("batch_norm: unknown dtype code");
-  return {pixels, channels, fastcifar::Dtype(dtype), pointer<void>(x), pointer<void>(residual)};
-}
-
-// (statistics, weight, bias, eps, activation, negative slope)
-using NormNumbers = std::tuple<Address, Address, Address, double, int, float>;
-
-bn::Norm norm(const NormNumbers& v) {
-  const auto [statistics, weight, bias, eps, activation, negative_slope] = v;
-  if (activation < 0 || activation >= fastcifar::kActivations) {
-    throw std::invalid_argument("batch_norm: unknown activation code");
-  }
-  return {pointer<double>(statistics),           pointer<float>(weight), pointer<float>(bias), eps,
-          fastcifar::Activation(activation), negative_slope};
+  return {pixels, channels, fastcifar::dtype(dtype), pointer<void>(x), pointer<void>(residual)};
 }
 
 void statistics(const TensorNumbers& numbers, Address out, int threads) {
@@ -51,7 +31,7 @@ void statistics(const TensorNumbers& numbers, Address out, int threads) {
 
 void normalise(const TensorNumbers& numbers, const NormNumbers& norm_numbers, Address z, int threads) {
   const bn::Tensors t = tensors(numbers);
-  const bn::Norm n = norm(norm_numbers);
+  const fastcifar::Norm n = norm(norm_numbers);
   nb::gil_scoped_release release;
   bn::normalise(t, n, pointer<void>(z), threads);
 }
@@ -59,7 +39,7 @@ void normalise(const TensorNumbers& numbers, const NormNumbers& norm_numbers, Ad
 void reduce(const TensorNumbers& numbers, Address dz, const NormNumbers& norm_numbers, Address da, Address sums,
             int threads) {
   const bn::Tensors t = tensors(numbers);
-  const bn::Norm n = norm(norm_numbers);
+  const fastcifar::Norm n = norm(norm_numbers);
   if (t.residual != nullptr && da == 0) throw std::invalid_argument("batch_norm: a residual needs da");
   nb::gil_scoped_release release;
   bn::reduce(t, pointer<void>(dz), n, pointer<void>(da), pointer<double>(sums), threads);
@@ -68,7 +48,7 @@ void reduce(const TensorNumbers& numbers, Address dz, const NormNumbers& norm_nu
 void gradient(const TensorNumbers& numbers, Address dz, const NormNumbers& norm_numbers, Address terms, Address dx,
               int threads) {
   const bn::Tensors t = tensors(numbers);
-  const bn::Norm n = norm(norm_numbers);
+  const fastcifar::Norm n = norm(norm_numbers);
   nb::gil_scoped_release release;
   bn::gradient(t, pointer<void>(dz), n, pointer<double>(terms), pointer<void>(dx), threads);
 }

@@ -17,23 +17,6 @@ constexpr int kLanes = Vec::lanes;
 constexpr int kPixels = 8;
 constexpr Index kPixelsPerFlush = 64;  // float32 sums go to float64 after so many pixels
 
-template <Activation A>
-struct ActivationTag {
-  static constexpr Activation value = A;
-};
-
-template <class F>
-FASTCIFAR_INLINE void with_activation(Activation activation, F&& f) {
-  switch (activation) {
-    case Activation::none: return f(ActivationTag<Activation::none>{});
-    case Activation::relu: return f(ActivationTag<Activation::relu>{});
-    case Activation::relu6: return f(ActivationTag<Activation::relu6>{});
-    case Activation::leaky_relu: return f(ActivationTag<Activation::leaky_relu>{});
-    case Activation::silu: return f(ActivationTag<Activation::silu>{});
-    case Activation::hardswish: return f(ActivationTag<Activation::hardswish>{});
-  }
-}
-
 // f(first channel, lanes) for every vector of channels; lanes is a compile-time kLanes but for a cut last one.
 struct WholeVector {
   template <class T>
@@ -85,11 +68,12 @@ FASTCIFAR_INLINE void flushed(const Task& task, F&& f) {
 template <class T>
 void statistics(const Task& task) {
   const T* x = static_cast<const T*>(task.x);
+  const float* mean = task.normaliser.mean;
   flushed(task, [&](Index begin, Index end, float* first, float* second) FASTCIFAR_LAMBDA_INLINE {
     each_pixels(begin, end, [&](Index pixel, auto count) FASTCIFAR_LAMBDA_INLINE {
       const T* row = x + pixel * task.channels;
       each_vector(task.channels, [&](Index c, auto vector) FASTCIFAR_LAMBDA_INLINE {
-        const Vec pivot = load(task.mean + c);
+        const Vec pivot = load(mean + c);
         Vec sum = zero(), square = zero();
         for (int i = 0; i < count.value; ++i) {
           const Vec centred = vector.read(row + i * task.channels + c) - pivot;
@@ -108,11 +92,12 @@ void normalise_range(const Task& task) {
   const T* x = static_cast<const T*>(task.x);
   const T* residual = static_cast<const T*>(task.residual);
   T* z = static_cast<T*>(task.out);
-  const Vec slope = set(task.negative_slope);
+  const Normaliser n = task.normaliser;  // a copy of its own: stores could change another one
+  const Vec slope = set(n.negative_slope);
   each_pixels(task.pixel_begin, task.pixel_end, [&](Index pixel, auto count) FASTCIFAR_LAMBDA_INLINE {
     const Index start = pixel * task.channels;
     each_vector(task.channels, [&](Index c, auto vector) FASTCIFAR_LAMBDA_INLINE {
-      const Vec mean = load(task.mean + c), scale = load(task.scale + c), shift = load(task.shift + c);
+      const Vec mean = load(n.mean + c), scale = load(n.scale + c), shift = load(n.shift + c);
       for (int i = 0; i < count.value; ++i) {
         const Index at = start + i * task.channels + c;
         Vec value = fma(vector.read(x + at) - mean, scale, shift);
@@ -125,7 +110,7 @@ void normalise_range(const Task& task) {
 
 template <class T>
 void normalise(const Task& task) {
-  with_activation(task.activation, [&](auto tag) FASTCIFAR_LAMBDA_INLINE {
+  with_activation(task.normaliser.activation, [&](auto tag) FASTCIFAR_LAMBDA_INLINE {
     constexpr Activation kActivation = decltype(tag)::value;
     return task.residual == nullptr ? normalise_range<T, kActivation, false>(task)
                                     : normalise_range<T, kActivation, true>(task);
@@ -138,12 +123,13 @@ void reduce_range(const Task& task) {
   const T* residual = static_cast<const T*>(task.residual);
   const T* dz = static_cast<const T*>(task.dz);
   T* da = static_cast<T*>(task.out);
-  const Vec negative_slope = set(task.negative_slope);
+  const Normaliser n = task.normaliser;  // a copy of its own: stores could change another one
+  const Vec negative_slope = set(n.negative_slope);
   flushed(task, [&](Index begin, Index end, float* first, float* second) FASTCIFAR_LAMBDA_INLINE {
     each_pixels(begin, end, [&](Index pixel, auto count) FASTCIFAR_LAMBDA_INLINE {
       const Index start = pixel * task.channels;
       each_vector(task.channels, [&](Index c, auto vector) FASTCIFAR_LAMBDA_INLINE {
-        const Vec mean = load(task.mean + c), scale = load(task.scale + c), shift = load(task.shift + c);
+        const Vec mean = load(n.mean + c), scale = load(n.scale + c), shift = load(n.shift + c);
         Vec sum = zero(), product = zero();
         for (int i = 0; i < count.value; ++i) {
           const Index at = start + i * task.channels + c;
@@ -164,7 +150,7 @@ void reduce_range(const Task& task) {
 
 template <class T>
 void reduce(const Task& task) {
-  with_activation(task.activation, [&](auto tag) FASTCIFAR_LAMBDA_INLINE {
+  with_activation(task.normaliser.activation, [&](auto tag) FASTCIFAR_LAMBDA_INLINE {
     constexpr Activation kActivation = decltype(tag)::value;
     return task.residual == nullptr ? reduce_range<T, kActivation, false>(task)
                                     : reduce_range<T, kActivation, true>(task);
@@ -176,17 +162,18 @@ void gradient_range(const Task& task) {
   const T* x = static_cast<const T*>(task.x);
   const T* dz = static_cast<const T*>(task.dz);
   T* dx = static_cast<T*>(task.out);
-  const Vec negative_slope = set(task.negative_slope);
+  const Normaliser n = task.normaliser;  // a copy of its own: stores could change another one
+  const Vec negative_slope = set(n.negative_slope);
   each_pixels(task.pixel_begin, task.pixel_end, [&](Index pixel, auto count) FASTCIFAR_LAMBDA_INLINE {
     const Index start = pixel * task.channels;
     each_vector(task.channels, [&](Index c, auto vector) FASTCIFAR_LAMBDA_INLINE {
-      const Vec mean = load(task.mean + c), scale = load(task.scale + c), shift = load(task.shift + c);
-      const Vec offset = load(task.offset + c), slope = load(task.slope + c);
+      const Vec mean = load(n.mean + c), scale = load(n.scale + c), shift = load(n.shift + c);
+      const Vec offset = load(n.offset + c), slope = load(n.slope + c);
       for (int i = 0; i < count.value; ++i) {
         const Index at = start + i * task.channels + c;
         const Vec centred = vector.read(x + at) - mean;
         const Vec da = activation_gradient<A>(fma(centred, scale, shift), vector.read(dz + at), negative_slope);
-        vector.write(dx + at, fma(scale, da, zero() - fma(slope, centred, offset)));
+        vector.write(dx + at, fma(scale, da, fma(slope, centred, offset)));
       }
     });
   });
@@ -194,7 +181,7 @@ void gradient_range(const Task& task) {
 
 template <class T>
 void gradient(const Task& task) {
-  with_activation(task.activation,
+  with_activation(task.normaliser.activation,
                   [&](auto tag) FASTCIFAR_LAMBDA_INLINE { gradient_range<T, decltype(tag)::value>(task); });
 }
 

@@ -3,26 +3,18 @@
 #include "batch_norm.h"
 
 // What batch_norm.cpp, which divides the work, and the vector code (batch_norm_simd.cpp, one copy an instruction set)
-// say to each other. Vectors [C] are padded to a multiple of kChannelAlign here.
+// say to each other.
 namespace fastcifar::batch_norm {
-
-constexpr std::int64_t kChannelAlign = 16;
 
 struct Task {
   std::int64_t pixel_begin, pixel_end, channels;
   const void* x;
   const void* residual;
   const void* dz;
-  void* out;           // z, dA or dx; null: none
-  const float* mean;   // z = act(scale·(x − mean) + shift + residual); for the statistics a pivot
-  const float* scale;
-  const float* shift;
-  const float* offset;  // dx = scale·dA − offset − slope·(x − mean)
-  const float* slope;
-  Activation activation;
-  float negative_slope;
-  double* sums;        // [2, padded C], added to
-  float* scratch;      // [2, padded C]
+  void* out;              // z, dA or dx; null: none
+  Normaliser normaliser;  // for the statistics its mean alone, a pivot
+  double* sums;           // [2, padded C], added to
+  float* scratch;         // [2, padded C]
 };
 
 struct Kernels {

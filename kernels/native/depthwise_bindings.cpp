@@ -1,15 +1,15 @@
 #include "depthwise_bindings.h"
 
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <vector>
 
+#include "binding_helpers.h"
 #include "depthwise.h"
+#include "isa.h"
 
 namespace nb = nanobind;
 namespace dw = fastcifar::depthwise;
@@ -17,13 +17,7 @@ using namespace nb::literals;
 
 namespace {
 
-// Tensors arrive as addresses (0 for none): nothing here knows torch.
-using Address = std::uintptr_t;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
+using fastcifar::Address, fastcifar::dtype, fastcifar::norm, fastcifar::NormNumbers, fastcifar::pointer;
 
 // (N, H, W, C, Ho, Wo, KH, KW, stride, padding and dilation as height and width)
 dw::Shape shape(const std::vector<std::int64_t>& v) {
@@ -42,23 +36,6 @@ dw::Shape shape(const std::vector<std::int64_t>& v) {
   return s;
 }
 
-fastcifar::Dtype dtype(int code) {
-  if (code < 0 || code >= fastcifar::kDtypes) throw std::invalid_argument("depthwise: unknown dtype code");
-  return fastcifar::Dtype(code);
-}
-
-// (statistics, weight, bias, eps, activation, negative slope)
-using NormNumbers = std::tuple<Address, Address, Address, double, int, float>;
-
-dw::Norm norm(const NormNumbers& v) {
-  const auto [statistics, weight, bias, eps, activation, negative_slope] = v;
-  if (activation < 0 || activation >= fastcifar::kActivations) {
-    throw std::invalid_argument("depthwise: unknown activation code");
-  }
-  return {pointer<double>(statistics),           pointer<float>(weight), pointer<float>(bias), eps,
-          fastcifar::Activation(activation), negative_slope};
-}
-
 using Numbers = std::vector<std::int64_t>;
 
 void statistics(const Numbers& sizes, int code, Address x, Address weight, Address y, Address statistics,
@@ -74,32 +51,16 @@ void inference(const Numbers& sizes, int code, Address x, Address weight, const 
                int threads) {
   const dw::Shape s = shape(sizes);
   const fastcifar::Dtype type = dtype(code);
-  const dw::Norm n = norm(numbers);
+  const fastcifar::Norm n = norm(numbers);
   nb::gil_scoped_release release;
   dw::inference(s, type, pointer<void>(x), pointer<float>(weight), n, pointer<void>(z), threads);
-}
-
-void normalise(std::int64_t pixels, std::int64_t channels, int code, Address y, const NormNumbers& numbers, Address z,
-               int threads) {
-  const fastcifar::Dtype type = dtype(code);
-  const dw::Norm n = norm(numbers);
-  nb::gil_scoped_release release;
-  dw::normalise(pixels, channels, type, pointer<void>(y), n, pointer<void>(z), threads);
-}
-
-void reduce(std::int64_t pixels, std::int64_t channels, int code, Address y, Address dz, const NormNumbers& numbers,
-            Address sums, int threads) {
-  const fastcifar::Dtype type = dtype(code);
-  const dw::Norm n = norm(numbers);
-  nb::gil_scoped_release release;
-  dw::reduce(pixels, channels, type, pointer<void>(y), pointer<void>(dz), n, pointer<double>(sums), threads);
 }
 
 void gradients(const Numbers& sizes, int code, Address x, Address weight, Address y, Address dz,
                const NormNumbers& numbers, Address terms, Address dx, Address dweight, int threads) {
   const dw::Shape s = shape(sizes);
   const fastcifar::Dtype type = dtype(code);
-  const dw::Norm n = norm(numbers);
+  const fastcifar::Norm n = norm(numbers);
   nb::gil_scoped_release release;
   dw::gradients(s, type, pointer<void>(x), pointer<float>(weight), pointer<void>(y), pointer<void>(dz), n,
                 pointer<double>(terms), pointer<void>(dx), pointer<float>(dweight), threads);
@@ -120,9 +81,6 @@ void bind_depthwise(nb::module_& m) {
   m.def("depthwise_statistics", &statistics, "shape"_a, "dtype"_a, "x"_a, "weight"_a, "y"_a, "statistics"_a,
         "threads"_a);
   m.def("depthwise_inference", &inference, "shape"_a, "dtype"_a, "x"_a, "weight"_a, "norm"_a, "z"_a, "threads"_a);
-  m.def("depthwise_normalise", &normalise, "pixels"_a, "channels"_a, "dtype"_a, "y"_a, "norm"_a, "z"_a, "threads"_a);
-  m.def("depthwise_reduce", &reduce, "pixels"_a, "channels"_a, "dtype"_a, "y"_a, "dz"_a, "norm"_a, "sums"_a,
-        "threads"_a);
   m.def("depthwise_gradients", &gradients, "shape"_a, "dtype"_a, "x"_a, "weight"_a, "y"_a, "dz"_a, "norm"_a,
         "terms"_a, "dx"_a, "dweight"_a, "threads"_a);
 }

@@ -3,7 +3,8 @@
 // y or z of a range of rows: x is widened into the ring, convolved a row at a time, and each row is finished while it
 // is in the L1 cache.
 
-#include "depthwise_elements.h"
+#include "depthwise_ring.h"
+#include "depthwise_tasks.h"
 
 namespace fastcifar {
 namespace depthwise {
@@ -129,7 +130,7 @@ struct Forward {
   bool direct;
   Taps taps;
   ShiftedSums sums;
-  float* row;  // [vector][output][lane], inference only
+  float* row;  // [vector][output][lane]
   Ring ring;
 
   FASTCIFAR_INLINE explicit Forward(const ForwardTask& t)
@@ -177,12 +178,20 @@ struct Forward {
     }
   }
 
-  // A value of each channel in the middle of the row: near enough to the mean to subtract.
-  void choose_shift() {
-    const Index offset = shape.out_width / 2 * shape.stride_width * kLanes;
-    for (Index t = 0; t < taps.count; ++t) taps.source[t] += offset;
-    run(taps, 1, Keep{sums.shift, kLanes});
-    for (Index t = 0; t < taps.count; ++t) taps.source[t] -= offset;
+  // What to subtract: the mean of the images before or, for the first one, of its first row; next to nothing cancels.
+  void choose_shift(Index n) {
+    if (n > task.range.image_begin) {
+      for (Index i = 0; i < channels.vectors * kLanes; ++i) {
+        sums.shift[i] = float(task.mean[task.range.channel_begin + i]);
+      }
+    } else {
+      run(taps, shape.out_width, Keep{row, shape.out_width * kLanes});
+      for (int v = 0; v < channels.vectors; ++v) {
+        Vec total = zero();
+        for (Index o = 0; o < shape.out_width; ++o) total = total + load(row + (v * shape.out_width + o) * kLanes);
+        store(sums.shift + v * kLanes, total * set(1.0f / float(shape.out_width)));
+      }
+    }
     for (Index i = 0; i < channels.vectors * kLanes; ++i) sums.sum[i] = sums.square[i] = 0.0f;
   }
 
@@ -198,7 +207,7 @@ struct Forward {
         activate_row(row, shape.out_width, *task.normaliser, channels, out_row, shape.channels);
         continue;
       }
-      if (o == task.range.row_begin) choose_shift();
+      if (o == task.range.row_begin) choose_shift(n);
       run(taps, shape.out_width, StoreAndSum<T>{{out_row, shape.channels, channels}, sums});
     }
   }

@@ -10,6 +10,8 @@ namespace depthwise {
 namespace FASTCIFAR_ISA {
 namespace {
 
+constexpr int kDyPixels = 4;
+
 struct DyVectors {
   Vec mean, scale, shift, offset, slope, negative_slope;
 };
@@ -32,8 +34,8 @@ template <class T, Activation A, bool Full>
 FASTCIFAR_INLINE void dy_vector(const T* y, const T* dz, Index count, Index step, const DyVectors& d, float* out,
                                 int lanes) {
   Index o = 0;
-  for (; o + kPixels <= count; o += kPixels) {
-    dy_pixels<T, A, kPixels, Full>(y + o * step, dz + o * step, step, d, out + o * kLanes, lanes);
+  for (; o + kDyPixels <= count; o += kDyPixels) {
+    dy_pixels<T, A, kDyPixels, Full>(y + o * step, dz + o * step, step, d, out + o * kLanes, lanes);
   }
   for (; o < count; ++o) dy_pixels<T, A, 1, Full>(y + o * step, dz + o * step, step, d, out + o * kLanes, lanes);
 }
@@ -42,7 +44,6 @@ template <class T, Activation A>
 void dy_row(const GradientTask& task, const Channels& channels, Index pixel, float* out, Index vector_step) {
   const Index count = task.shape.out_width, step = task.shape.channels;
   const Normaliser n = task.normaliser;
-  const float *offset = task.offset, *slope = task.slope;
   const int vectors = channels.vectors, last = channels.last;
   const T* y = static_cast<const T*>(task.y) + pixel * step + channels.begin;
   const T* dz = static_cast<const T*>(task.dz) + pixel * step + channels.begin;
@@ -53,7 +54,7 @@ void dy_row(const GradientTask& task, const Channels& channels, Index pixel, flo
   for (int v = 0; v < vectors; ++v) {
     const Index c = channels.begin + v * kLanes;
     const DyVectors d{load(n.mean + c),  load(n.scale + c), load(n.shift + c),
-                      load(offset + c), load(slope + c),   set(n.negative_slope)};
+                      load(n.offset + c), load(n.slope + c), set(n.negative_slope)};
     const Index at = v * kLanes;
     if (v + 1 < vectors || last == kLanes) {
       dy_vector<T, A, true>(y + at, dz + at, count, step, d, out + v * vector_step, kLanes);

@@ -3,19 +3,8 @@
 #include "depthwise.h"
 
 // What depthwise.cpp, which divides the work, and the vector code (depthwise_simd.cpp, one copy an instruction set)
-// say to each other. Vectors [C] are padded to a multiple of kChannelAlign here.
+// say to each other.
 namespace fastcifar::depthwise {
-
-constexpr std::int64_t kChannelAlign = 16;
-
-// What turns y into z = act(scale·(y − mean) + shift).
-struct Normaliser {
-  const float* mean;
-  const float* scale;
-  const float* shift;
-  Activation activation;
-  float negative_slope;
-};
 
 // A range of images or of one image's rows, and a range of channels starting at a multiple of kChannelAlign.
 struct Range {
@@ -44,16 +33,6 @@ struct ForwardTask {
   float* scratch;
 };
 
-struct ElementTask {
-  std::int64_t pixel_begin, pixel_end, channels;
-  const void* y;
-  const void* dz;       // reduce only
-  Normaliser normaliser;
-  void* z;              // normalise only
-  double* sums;         // [2, padded C], added to
-  float* scratch;       // [2, padded C]
-};
-
 struct GradientTask {
   Shape shape;
   Rings rings;
@@ -63,18 +42,13 @@ struct GradientTask {
   const void* y;
   const void* dz;
   Normaliser normaliser;
-  const float* offset;  // dy = scale·dA + offset + slope·(y − mean)
-  const float* slope;
   void* dx;             // null: not wanted
   double* dweight;      // [KH·KW, padded C], added to; null: not wanted
   float* scratch;
 };
 
 struct Kernels {
-  int lanes;
   void (*forward[kDtypes])(const ForwardTask&);
-  void (*normalise[kDtypes])(const ElementTask&);
-  void (*reduce[kDtypes])(const ElementTask&);
   void (*gradients[kDtypes])(const GradientTask&);
 };
 

@@ -79,6 +79,24 @@ FASTCIFAR_INLINE Vec activation_gradient(Vec v, Vec gradient, Vec negative_slope
   return gradient;
 }
 
+// Calls f with the activation as a compile-time constant, decltype(tag)::value.
+template <Activation A>
+struct ActivationTag {
+  static constexpr Activation value = A;
+};
+
+template <class F>
+FASTCIFAR_INLINE void with_activation(Activation activation, F&& f) {
+  switch (activation) {
+    case Activation::none: return f(ActivationTag<Activation::none>{});
+    case Activation::relu: return f(ActivationTag<Activation::relu>{});
+    case Activation::relu6: return f(ActivationTag<Activation::relu6>{});
+    case Activation::leaky_relu: return f(ActivationTag<Activation::leaky_relu>{});
+    case Activation::silu: return f(ActivationTag<Activation::silu>{});
+    case Activation::hardswish: return f(ActivationTag<Activation::hardswish>{});
+  }
+}
+
 }  // namespace
 }  // namespace FASTCIFAR_ISA
 }  // namespace fastcifar
