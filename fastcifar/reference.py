@@ -11,9 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 
-def activate(
-    y: torch.Tensor, activation: str, negative_slope: float = 0.01, *, inplace: bool = False
-) -> torch.Tensor:
+def activate(y: torch.Tensor, activation: str, negative_slope: float = 0.01, *, inplace: bool = False) -> torch.Tensor:
     """Applies the activation of that name to a tensor of any shape; `negative_slope` serves leaky_relu only."""
     if activation == "none":
         return y

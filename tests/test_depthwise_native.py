@@ -21,9 +21,7 @@ pytestmark = pytest.mark.skipif(native.module() is None, reason=f"no compiled mo
 native_impl = functools.partial(functional.depthwise_conv_bn_act, impl="native")
 reference_impl = functools.partial(functional.depthwise_conv_bn_act, impl="reference")
 ISAS = native.module().isa_levels() if native.module() else ["none"]
-DTYPES = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
-)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 
 
 @contextlib.contextmanager
@@ -184,7 +182,7 @@ def test_not_a_number_stays_one(isa):
 
 
 def test_sixteen_bit_values_round_as_torch_rounds(isa):
-    """A 1×1 convolution by 1 with nothing to normalise stores the float32 value it computed: ties, subnormals, infinity."""
+    """A 1×1 convolution stores the float32 value it computed: ties, subnormals, overflow."""
     for dtype in (torch.bfloat16, torch.float16):
         every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
         every = every[every.isfinite() & ((every == 0) | (every.abs() >= torch.finfo(torch.float32).tiny))]
@@ -212,9 +210,7 @@ def test_only_needed_gradients(needed, stride, training):
     got, expected = {}, {}
     for implementation, grads in (("native", got), ("reference", expected)):
         leaves = {name: tensor.clone().requires_grad_(name in needed) for name, tensor in inputs.items()}
-        z = functional.depthwise_conv_bn_act(
-            **leaves, stride=stride, padding=1, training=training, impl=implementation
-        )
+        z = functional.depthwise_conv_bn_act(**leaves, stride=stride, padding=1, training=training, impl=implementation)
         z.backward(oracle.gradient_like(z.shape))
         grads.update({name: leaf.grad for name, leaf in leaves.items()})
     for name in got:
@@ -332,9 +328,7 @@ def _rank(rank, world_size, part, others, gradient):
     leaves = dict(zip(names, [torch.from_numpy(t) for t in (part[rank], *others)], strict=True))
     for name in names[:4]:
         leaves[name].requires_grad_()
-    z = native_impl(
-        **leaves, padding=1, activation="silu", training=True, process_group=torch.distributed.group.WORLD
-    )
+    z = native_impl(**leaves, padding=1, activation="silu", training=True, process_group=torch.distributed.group.WORLD)
     z.backward(torch.from_numpy(gradient[rank]))
     return [z.detach().numpy(), *(leaves[n].grad.numpy() for n in names[:4]), *(leaves[n].numpy() for n in names[4:])]
 
@@ -342,9 +336,7 @@ def _rank(rank, world_size, part, others, gradient):
 def test_ranks_of_different_size_equal_one_process():
     inputs = oracle.depthwise_inputs(SPLIT[-1], 5, 6, 5, 3, mean=3.0)
     gradient = oracle.gradient_like(inputs["x"].shape)
-    whole = oracle.run(
-        reference_impl, inputs, torch.float64, gradient, padding=1, activation="silu", training=True
-    )
+    whole = oracle.run(reference_impl, inputs, torch.float64, gradient, padding=1, activation="silu", training=True)
     low = oracle.run(reference_impl, inputs, torch.float32, gradient, padding=1, activation="silu", training=True)
     parts = [inputs["x"][a:b].numpy() for a, b in zip(SPLIT, SPLIT[1:], strict=False)]
     gradients = [gradient[a:b].numpy() for a, b in zip(SPLIT, SPLIT[1:], strict=False)]

@@ -72,9 +72,7 @@ def _statistics(x):
 def _normalise(x, residual, weight, bias, statistics, eps, activation, negative_slope):
     rows, added = _rows(x), None if residual is None else _rows(residual)
     norm, z = Norm(weight, bias, statistics, eps, activation, negative_slope), _empty_rows(x)
-    native.module().batch_norm_normalise(
-        _tensors(rows, added), norm.numbers(), z.data_ptr(), torch.get_num_threads()
-    )
+    native.module().batch_norm_normalise(_tensors(rows, added), norm.numbers(), z.data_ptr(), torch.get_num_threads())
     return z.movedim(-1, 1)
 
 

@@ -179,9 +179,7 @@ def depthwise_gradients_kernel(
     dw = repeat(zero, 9)
     for step in range(-4, count_h):
         x_row = row + dilation_h * (step + 2)
-        below = load_row(
-            x_ptr + x_row * x_stride_h, x_stride_w * dilation_w, row_inside(x_row, height), x_ok, 0, 5
-        )
+        below = load_row(x_ptr + x_row * x_stride_h, x_stride_w * dilation_w, row_inside(x_row, height), x_ok, 0, 5)
         y = add_taps(next_y, below, weights, 6)
         next_y = add_taps(later_y, below, weights, 3)
         later_y = add_taps(repeat(start, 3), below, weights, 0)
