@@ -80,5 +80,14 @@ def save(name: str, content: Mapping[str, Any], folder: pathlib.Path | None = No
     folder = RESULTS if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({"circumstances": circumstances(), **content}, indent=1) + "\n")
+    facts = {"circumstances": circumstances(), **content}
+    parts = [f"{json.dumps(key)}: {_lines(value)}" for key, value in facts.items()]
+    path.write_text("{\n " + ",\n ".join(parts) + "\n}\n", encoding="utf-8")
     return path
+
+
+def _lines(value: Any) -> str:
+    """JSON with a line for each row of a table, so that a changed row is a changed line."""
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
+        return "[\n  " + ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in value) + "\n ]"
+    return json.dumps(value, ensure_ascii=False)

@@ -161,7 +161,7 @@ def test_exit_status_and_json(known, tmp_path, monkeypatch, capsys, match, statu
     printed = capsys.readouterr()
     assert words in printed.out + printed.err
     if status < 2:
-        stored = json.loads((tmp_path / "static.json").read_text())
+        stored = json.loads((tmp_path / "static.json").read_text(encoding="utf-8"))
         assert stored["triton"] == importlib.metadata.version("triton") and stored["circumstances"]["date"]
         assert stored["capabilities"] == [90] and {row["sm"] for row in stored["rows"]} == {90}
         assert static.failures(stored["rows"]) == [line[2:] for line in printed.out.splitlines() if line[:2] == "- "]
@@ -204,7 +204,7 @@ def test_one_case_of_each_of_our_kernels_passes(our_modules):
 def test_the_stored_report_is_of_these_kernels_and_passes(our_modules):
     place = reporting.RESULTS / "static.json"
     assert place.exists(), "no stored report: run `python -m benchmarks.static` and keep its JSON"
-    stored = json.loads(place.read_text())
+    stored = json.loads(place.read_text(encoding="utf-8"))
     assert static.failures(stored["rows"]) == []
     assert set(stored["capabilities"]) >= set(static.CAPABILITIES)
     if stored["triton"] != importlib.metadata.version("triton"):

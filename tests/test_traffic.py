@@ -225,7 +225,7 @@ def test_limits_decide_the_exit_status(tmp_path, monkeypatch, capsys, limits, st
     printed = capsys.readouterr().out
     assert "copy_kernel" in printed and "(note) doubling 256 fp32: backward moves 2.0 × x" in printed
     assert complaint is None or complaint in printed
-    (result,) = json.loads((tmp_path / "traffic.json").read_text())["results"]
+    (result,) = json.loads((tmp_path / "traffic.json").read_text(encoding="utf-8"))["results"]
     assert result["rows"][-1]["pass"] == "backward" and result["rows"][-1]["read"] == 1024
 
 
