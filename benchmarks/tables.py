@@ -1,0 +1,115 @@
+"""`python -m benchmarks.tables`: writes the READMEs' tables from the stored results; `--check` only compares.
+
+A document says where with `<!-- table NAME -->` and `<!-- end -->`; what stands between them is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks import reporting, static, traffic
+
+ROOT = reporting.RESULTS.parent.parent
+DOCUMENTS = (ROOT / "README.md", ROOT / "kernels" / "README.md")
+PLACE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def stored(name: str) -> dict[str, Any]:
+    """The content of a stored result."""
+    return json.loads((reporting.RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of equal keys as a Markdown table."""
+    names = list(rows[0])
+    lines = [names, ["---"] * len(names), *([_text(row[name]) for name in names] for row in rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return "–" if value is None else str(value)
+
+
+def source(name: str) -> str:
+    """The line under a table: where its numbers come from."""
+    facts = stored(name)["circumstances"]
+    where = facts.get("gpu") or f"{facts['threads']} cores of {facts['processor']}, {facts['instructions']}"
+    return f"\n`{facts['command']}`, {facts['date']}, torch {facts['torch']}, {where}: `benchmarks/results/{name}.json`.\n"
+
+
+def static_table() -> str:
+    """Compiled kernels: the worst of each kernel's cases."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for line in static.summary(stored("static")["rows"]):
+        found.setdefault(line["kernel"], {})[line["sm"]] = line
+    rows = []
+    for kernel, by_sm in found.items():
+        lines = list(by_sm.values())
+        row = {"kernel": f"`{kernel}`", "cases": lines[0]["cases"]}
+        row |= {f"registers sm_{sm}": line["registers"] for sm, line in by_sm.items()}
+        row["spills"] = sum(line["spills"] + line["stack"] for line in lines)
+        row["demanded access, bits"] = min((x["demanded_bits"] for x in lines if x["demanded_bits"]), default=None)
+        rows.append(row)
+    count = len(stored("static")["rows"])
+    return f"{markdown(rows)}\n{count} compilations; the worst of each kernel's cases.\n{source('static')}"
+
+
+def traffic_table() -> str:
+    """Bytes moved by each operator, in passes over x."""
+    return markdown(traffic.summary(stored("traffic")["results"])) + source("traffic")
+
+
+def launches_table() -> str:
+    """The launches of one typical call, in passes over x."""
+    label = "3×3 s1 1×32×32×32 fp16"
+    result = next(r for r in stored("traffic")["results"] if r["label"] == label)
+    return f"{markdown(traffic.launch_table(result))}\n{result['operator']} {label}, the same file.\n"
+
+
+def demo_table() -> str:
+    """Short trainings on real CIFAR-100."""
+    rows = []
+    for path in sorted(reporting.RESULTS.glob("demo-*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))["result"]
+        rows.append(
+            {
+                "network": f"`{result['model']}`",
+                "parameters": f"{result['parameters']:,}",
+                "training": f"{result['seconds']:.0f} s",
+                "test accuracy": f"{result['test_accuracy']:.1f} %",
+                "with mirrored and shifted copies": f"{result['test_accuracy_tta']:.1f} %",
+            }
+        )
+    return markdown(rows)
+
+
+TABLES = {"static": static_table, "traffic": traffic_table, "launches": launches_table, "demo": demo_table}
+
+
+def filled(document: str) -> str:
+    """The document with its tables written anew."""
+    return PLACE.sub(lambda place: place[1] + TABLES[place[2]]() + place[3], document)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Writes, or with --check names the documents that differ; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a document differs")
+    check = parser.parse_args(arguments).check
+    stale = [path for path in DOCUMENTS if filled(path.read_text(encoding="utf-8")) != path.read_text(encoding="utf-8")]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)}: {'differs from the stored results' if check else 'written'}")
+        if not check:
+            path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
