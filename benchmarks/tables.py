@@ -41,7 +41,9 @@ def source(name: str) -> str:
     """The line under a table: where its numbers come from."""
     facts = stored(name)["circumstances"]
     where = facts.get("gpu") or f"{facts['threads']} cores of {facts['processor']}, {facts['instructions']}"
-    return f"\n`{facts['command']}`, {facts['date']}, torch {facts['torch']}, {where}: `benchmarks/results/{name}.json`.\n"
+    return (
+        f"\n`{facts['command']}`, {facts['date']}, torch {facts['torch']}, {where}: `benchmarks/results/{name}.json`.\n"
+    )
 
 
 def static_table() -> str:

@@ -84,13 +84,43 @@ def _depthwise(
     return build
 
 
+def _batch_norm(dtype: torch.dtype, shape: tuple[int, int, int, int], *, with_residual: bool) -> Callable[[], Setup]:
+    def build() -> Setup:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal() -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(dtype, memory_format=torch.channels_last)
+
+        gamma, beta = torch.rand(2, shape[1], generator=generator) + 0.5
+        running_mean, running_var = torch.zeros(shape[1]), torch.ones(shape[1])
+        tensors = (normal(), gamma, beta, *([normal()] if with_residual else []))
+        inputs = tuple(tensor.detach().clone().requires_grad_() for tensor in tensors)
+
+        def call() -> torch.Tensor:
+            return functional.batch_norm_act(
+                *inputs[:3], running_mean, running_var, *inputs[3:], activation="relu", training=True, impl="triton"
+            )
+
+        # Statistics, normalisation, (addition,) activation; activation, the batch norm's sums, its gradient.
+        return Setup(call, inputs, (8.0 if with_residual else 5.0, 8.0))
+
+    return build
+
+
 _LIMITS = (3.2, 5.3, 1.05)
+_STRIDED = (2.0, 4.2, 1.3)  # the output, a quarter of x, is stored
+_SMALL = (4, 32, 16, 16)
 SUBJECTS = [
-    Subject("depthwise_conv_bn_act", "3×3 s1 4×32×16×16 fp32", _depthwise(torch.float32, (4, 32, 16, 16)), _LIMITS),
-    Subject("depthwise_conv_bn_act", "3×3 s1 4×32×16×16 fp16", _depthwise(torch.float16, (4, 32, 16, 16)), _LIMITS),
+    Subject("depthwise_conv_bn_act", "3×3 s1 4×32×16×16 fp32", _depthwise(torch.float32, _SMALL), _LIMITS),
+    Subject("depthwise_conv_bn_act", "3×3 s1 4×32×16×16 fp16", _depthwise(torch.float16, _SMALL), _LIMITS),
     Subject("depthwise_conv_bn_act", "3×3 s1 1×32×32×32 fp16", _depthwise(torch.float16, (1, 32, 32, 32)), _LIMITS),
-    Subject("depthwise_conv_bn_act", "3×3 s2 4×32×16×16 fp16", _depthwise(torch.float16, (4, 32, 16, 16), stride=2)),
-    Subject("depthwise_conv_bn_act", "5×5 s1 4×32×16×16 fp16", _depthwise(torch.float16, (4, 32, 16, 16), 5)),
+    Subject("depthwise_conv_bn_act", "3×3 s2 4×32×16×16 fp16", _depthwise(torch.float16, _SMALL, stride=2), _STRIDED),
+    Subject("depthwise_conv_bn_act", "5×5 s1 4×32×16×16 fp16", _depthwise(torch.float16, _SMALL, 5)),
+    Subject("batch_norm_act", "4×32×16×16 fp16", _batch_norm(torch.float16, _SMALL, with_residual=False), _LIMITS),
+    Subject(
+        "batch_norm_act", "4×32×16×16 fp16 + residual", _batch_norm(torch.float16, _SMALL, with_residual=True),
+        (4.2, 7.3, 2.05),
+    ),
 ]
 
 
@@ -115,7 +145,8 @@ def measure(subject: Subject) -> dict[str, Any]:
     setup = subject.build()
     x = setup.inputs[0]
     with count_traffic() as forward:
-        output, saved = saved_bytes(setup.call, parameters=setup.inputs[1:])
+        parameters = [tensor for tensor in setup.inputs if tensor.shape != x.shape]
+        output, saved = saved_bytes(setup.call, parameters=parameters)
     gradient = torch.ones_like(output)
     with count_traffic() as backward:
         torch.autograd.grad(output, setup.inputs, gradient)

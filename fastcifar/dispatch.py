@@ -72,6 +72,12 @@ def _native_depthwise() -> Callable:
     return depthwise_native.depthwise_conv_bn_act
 
 
+def _triton_batch_norm_act() -> Callable:
+    from fastcifar.ops import batch_norm
+
+    return batch_norm.batch_norm_act
+
+
 def _native_batch_norm_act() -> Callable:
     from fastcifar.ops import batch_norm_native
 
@@ -161,6 +167,7 @@ _OPERATORS: dict[str, list[Implementation]] = {
         Implementation("reference", _reference_depthwise, _always),
     ],
     "batch_norm_act": [
+        Implementation("triton", _triton_batch_norm_act, _triton_obstacle, _triton_reluctance),
         Implementation("native", _native_batch_norm_act, _native_obstacle),
         Implementation("reference", _reference_batch_norm_act, _always),
     ],

@@ -100,6 +100,18 @@ def weight_gradient_floor(inputs, dz, *, stride, padding, activation):
     return 4 * torch.finfo(torch.float32).eps * float(terms.max())
 
 
+def stored_output_floor(inputs, dz, dtype, *, stride, padding, dilation, activation):
+    """What rounding the convolution's output y to `dtype` may change in dγ = Σ dA·ŷ: eps/2·max Σ|dA|·|y|·rstd."""
+    inputs = rounded(inputs, dtype)
+    x, weight, gamma, beta = (inputs[name].double() for name in ("x", "weight", "bn_weight", "bn_bias"))
+    y = torch.nn.functional.conv2d(x, weight, None, stride, padding, dilation, x.shape[1])
+    variance, mean = torch.var_mean(y, (0, 2, 3), correction=0, keepdim=True)
+    rstd = (variance + 1e-5).rsqrt()
+    before = ((y - mean) * rstd * gamma.view(-1, 1, 1) + beta.view(-1, 1, 1)).requires_grad_()
+    (da,) = torch.autograd.grad(reference.activate(before, activation), before, dz.double())
+    return torch.finfo(dtype).eps / 2 * float((da.abs() * y.abs() * rstd).sum((0, 2, 3)).max())
+
+
 def depthwise_inputs(
     batch, channels, height, width, kernel_size, *, layout="channels-last", mean=0.0, seed=0, affine=True, running=True
 ):

@@ -6,6 +6,8 @@ import numpy
 import oracle
 import pytest
 import torch
+from batch_norm_case import hold as hold_any
+from batch_norm_case import inputs_of, reference_impl
 from distributed_case import run_ranks
 
 from fastcifar import functional, native
@@ -14,43 +16,10 @@ from fastcifar.validation import ACTIVATIONS
 
 pytestmark = pytest.mark.skipif(native.module() is None, reason=f"no compiled module: {native.why_not()}")
 native_impl = functools.partial(functional.batch_norm_act, impl="native")
-reference_impl = functools.partial(functional.batch_norm_act, impl="reference")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 
 
-def inputs_of(shape, *, residual=True, affine=True, mean=0.0, layout="channels-last"):
-    generator = torch.Generator().manual_seed(0)
-    channels = shape[1]
-
-    def normal(*sizes):
-        return torch.randn(*sizes, generator=generator)
-
-    def laid_out(tensor):
-        if layout == "channels-last" and tensor.dim() == 4:
-            return tensor.contiguous(memory_format=torch.channels_last)
-        if layout == "sliced":
-            return torch.zeros(*(2 * n for n in shape))[tuple(slice(0, n) for n in shape)].copy_(tensor)
-        return tensor
-
-    return {
-        "x": laid_out(mean + 2 * normal(*shape)),
-        "weight": 0.5 + torch.rand(channels, generator=generator) if affine else None,
-        "bias": 0.3 * normal(channels) if affine else None,
-        "running_mean": mean + 0.1 * normal(channels),
-        "running_var": 0.5 + torch.rand(channels, generator=generator),
-        "residual": laid_out(normal(*shape)) if residual else None,
-    }
-
-
-def hold(shape, dtype=torch.float32, activation="silu", training=True, **options):
-    """Where an activation has corners, a low-precision sum may fall on the other side: smooth ones hold the budget."""
-    inputs = inputs_of(shape, **options)
-    oracle.check(
-        native_impl, reference_impl, inputs, dtype, oracle.gradient_like(shape), activation=activation,
-        negative_slope=0.1, training=training, momentum=0.3,
-    )  # fmt: skip
-
-
+hold = functools.partial(hold_any, "native")
 SHAPES = [(3, 37, 5, 7), (9, 16, 1, 1), (64, 8, 9, 9), (5, 1, 4, 4), (7, 130), (4, 20, 11), (2, 6, 3, 4, 5)]
 
 

@@ -21,7 +21,8 @@ void statistics(const Tensors& tensors, double* statistics, int threads);
 
 void normalise(const Tensors& tensors, const Norm& norm, void* z, int threads);
 
-// With dA = dz·act′: sums [2, C] = Σ dA and Σ dA·ŷ; dA itself, rounded to the dtype, where da is not null.
+// With dA = dz·act′: sums [2, C] = Σ dA and Σ dA·ŷ. With a residual dA, rounded to the dtype, goes to da, and the
+// sums are those of the rounded values.
 void reduce(const Tensors& tensors, const void* dz, const Norm& norm, void* da, double* sums, int threads);
 
 // dx = weight/√(variance + eps)·(dA − terms[0] − ŷ·terms[1]) from dz; the residual is not looked at, so with one dz

@@ -136,8 +136,12 @@ void reduce_range(const Task& task) {
           const Vec centred = vector.read(x + at) - mean;
           Vec value = fma(centred, scale, shift);
           if constexpr (kResidual) value = value + vector.read(residual + at);
-          const Vec gradient = activation_gradient<A>(value, vector.read(dz + at), negative_slope);
-          if constexpr (kResidual) vector.write(da + at, gradient);
+          Vec gradient = activation_gradient<A>(value, vector.read(dz + at), negative_slope);
+          if constexpr (kResidual) {
+            // The sums are those of what is stored: dx is their difference, and may be small.
+            vector.write(da + at, gradient);
+            gradient = vector.read(da + at);
+          }
           sum = sum + gradient;
           product = fma(gradient, centred, product);
         }

@@ -12,8 +12,8 @@ import triton.language as tl
 
 from . import configs
 from .activations import activate, activation_gradient
-from .depthwise_launch import capability_of
 from .depthwise_rows import load_vector
+from .device import capability_of
 from .statistics import merge_statistics, sum_partials
 
 _MOST_PARTS = 1024  # partial sums, so that adding them stays cheap
@@ -118,7 +118,10 @@ def batch_norm_reduce_kernel(
             value += load_pixels(residual_ptr, place, ok)
         da = activation_gradient(load_pixels(dz_ptr, place, ok), value, ACTIVATION, negative_slope)
         if da_ptr is not None:
-            tl.store(da_ptr + place, da.to(da_ptr.dtype.element_ty), mask=ok)
+            # The sums are those of what is stored: dx is their difference, and may be small.
+            stored = da.to(da_ptr.dtype.element_ty)
+            tl.store(da_ptr + place, stored, mask=ok)
+            da = stored.to(tl.float32)
         sums += tl.where(ok, da, 0.0)
         products = tl.fma(tl.where(ok, da, 0.0), centred, products)
     place = part * 2 * channels + channel
@@ -155,12 +158,16 @@ def batch_norm_gradient_kernel(
         tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=ok)
 
 
-def _launch(kernel, operation: str, x: torch.Tensor, *tensors, parts: int | None = None, **constants) -> None:
-    """Launches over x [P, C]; `parts` programs along the pixels, or as many as the tile says."""
+def _tile(operation: str, x: torch.Tensor) -> configs.Tile:
+    return configs.tile(operation, capability_of(x), x.element_size(), 1, x.shape[1], x.shape[0])
+
+
+def _launch(kernel, operation: str, x: torch.Tensor, *tensors, chunk: int | None = None, **constants) -> None:
+    """Launches over x [P, C]; a program walks down `chunk` pixels, or as many as the tile says."""
     pixels, channels = x.shape
-    tile = configs.tile(operation, capability_of(x), x.element_size(), 1, channels, pixels)
+    tile = _tile(operation, x)
     vector = configs.vector_width(x.element_size(), channels)
-    chunk = tile.rows * tile.block_p if parts is None else triton.cdiv(pixels, parts)
+    chunk = chunk or tile.rows * tile.block_p
     programs = triton.cdiv(pixels, chunk) * triton.cdiv(channels, tile.block_c)
     kernel[(programs,)](
         x, *tensors, pixels, channels // vector, chunk, **constants,
@@ -168,22 +175,21 @@ def _launch(kernel, operation: str, x: torch.Tensor, *tensors, parts: int | None
     )  # fmt: skip
 
 
-def _parts(x: torch.Tensor, operation: str) -> int:
-    """The number of partial sums over x [P, C]."""
-    pixels, channels = x.shape
-    tile = configs.tile(operation, capability_of(x), x.element_size(), 1, channels, pixels)
-    chunk = max(tile.rows * tile.block_p, triton.cdiv(pixels, _MOST_PARTS))
-    return triton.cdiv(pixels, chunk)
+def _parts(operation: str, x: torch.Tensor) -> tuple[int, int]:
+    """Pixels in a partial sum over x [P, C], and the number of partial sums."""
+    tile = _tile(operation, x)
+    chunk = max(tile.rows * tile.block_p, triton.cdiv(x.shape[0], _MOST_PARTS))
+    return chunk, triton.cdiv(x.shape[0], chunk)
 
 
 def statistics(x: torch.Tensor) -> torch.Tensor:
     """Mean and biased variance of each channel of x [P, C], [2, C], fp32."""
     if x.numel() == 0:
         return torch.zeros(2, x.shape[1], dtype=torch.float32, device=x.device)
-    parts = _parts(x, "bn_statistics")
+    chunk, parts = _parts("bn_statistics", x)
     count = torch.empty(parts, dtype=torch.float32, device=x.device)
     mean, m2 = (torch.empty(parts, x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
-    _launch(batch_norm_statistics_kernel, "bn_statistics", x, count, mean, m2, parts=parts)
+    _launch(batch_norm_statistics_kernel, "bn_statistics", x, count, mean, m2, chunk=chunk)
     return merge_statistics(count, mean, m2)
 
 
@@ -227,11 +233,11 @@ class Passes:
         if self.x.numel() == 0:
             sums = torch.zeros(2, channels, dtype=torch.float32, device=dz.device)
             return sums, None if self.residual is None else torch.empty_like(dz)
-        parts = _parts(self.x, "bn_reduce")
+        chunk, parts = _parts("bn_reduce", self.x)
         partial = torch.empty(parts, 1, 2 * channels, dtype=torch.float32, device=dz.device)
         da = None if self.residual is None else torch.empty_like(self.x)
         _launch(
-            batch_norm_reduce_kernel, "bn_reduce", self.x, self.residual, dz, *self.affine, da, partial, parts=parts,
+            batch_norm_reduce_kernel, "bn_reduce", self.x, self.residual, dz, *self.affine, da, partial, chunk=chunk,
             **self.options,
         )  # fmt: skip
         return sum_partials(partial).view(2, channels), da

@@ -75,8 +75,8 @@ def depthwise_reduce_kernel(
     zero = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     start = zero - load_vector(mean_ptr, channel, channel_ok, 0.0)
     if STORE:
-        term_sum = load_vector(terms_ptr, 2 * channel, channel_ok, 0.0)
-        term_product = load_vector(terms_ptr, 2 * channel + 1, channel_ok, 0.0)
+        term_sum = load_vector(terms_ptr, channel, channel_ok, 0.0)
+        term_product = load_vector(terms_ptr, channels + channel, channel_ok, 0.0)
     pending = begin_rows(
         start, x_ptr, x_stride_h, x_stride_w * dilation_w, x_row, dilation_h, height, x_ok, weights,
         COLUMNS, KERNEL_H, KERNEL_W, STEP_H, STEP_W,
@@ -169,8 +169,8 @@ def depthwise_gradients_kernel(
     rstd = tl.rsqrt(load_vector(variance_ptr, channel, channel_ok, 1.0) + eps)
     gamma = load_vector(bn_weight_ptr, channel, channel_ok, 1.0)
     beta = load_vector(bn_bias_ptr, channel, channel_ok, 0.0)
-    term_sum = load_vector(terms_ptr, 2 * channel, channel_ok, 0.0)
-    term_product = load_vector(terms_ptr, 2 * channel + 1, channel_ok, 0.0)
+    term_sum = load_vector(terms_ptr, channel, channel_ok, 0.0)
+    term_product = load_vector(terms_ptr, channels + channel, channel_ok, 0.0)
     zero = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     start = zero - load_vector(mean_ptr, channel, channel_ok, 0.0)
     next_y, later_y = repeat(start, 3), repeat(start, 3)

@@ -25,14 +25,14 @@ from .statistics import merge_statistics
 
 @triton.jit(do_not_specialize=configs.RUNTIME_INTEGERS)
 def depthwise_statistics_kernel(
-    x_ptr, weight_ptr, count_ptr, mean_ptr, m2_ptr,
+    x_ptr, weight_ptr, y_ptr, count_ptr, mean_ptr, m2_ptr,
     batch, height, width, out_height, out_width, channels, x_stride_n, x_stride_h, x_stride_w,
     padding_h, padding_w, dilation_h, dilation_w, groups, strips, rows,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, STEP_H: tl.constexpr, STEP_W: tl.constexpr,
     KERNEL_H: tl.constexpr, KERNEL_W: tl.constexpr, VECTOR: tl.constexpr,
     COLUMNS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """F1: convolves a tile in registers and stores its (count, mean, M2) of each channel."""
+    """F1: convolves a tile and stores its (count, mean, M2) of each channel; y too where `y_ptr` is given."""
     channels = channels * VECTOR
     x_stride_h = x_stride_h * VECTOR
     x_stride_w = x_stride_w * VECTOR
@@ -44,7 +44,12 @@ def depthwise_statistics_kernel(
     channel = first_channel + tl.arange(0, BLOCK_C)
     channel_ok = channel < channels
     lanes_ok = (image < batch) & channel_ok[None, :]
-    columns_ok = columns_inside(phase_w + phases_w * column, phases_w, out_width, lanes_ok, COLUMNS)
+    out_row = phase_h + phases_h * first
+    out_column = phase_w + phases_w * column
+    columns_ok = columns_inside(out_column, phases_w, out_width, lanes_ok, COLUMNS)
+    y_stride_h = out_width.to(tl.int64) * channels
+    if y_ptr is not None:
+        y_ptr = lane_pointers(y_ptr, image, out_column, channel, y_stride_h * out_height, channels)
     x_row = STRIDE_H * phase_h - padding_h + dilation_h * STEP_H * first
     x_column = STRIDE_W * phase_w - padding_w + dilation_w * STEP_W * column
     x_ptr = lane_pointers(x_ptr, image, x_column, channel, x_stride_n * VECTOR, x_stride_w)
@@ -65,6 +70,9 @@ def depthwise_statistics_kernel(
         # A lane's own first value is within sqrt(n) standard deviations of its mean: sums about it lose nothing.
         pivot = tl.where(row == 0, values[0], pivot)
         for i in tl.static_range(COLUMNS):
+            if y_ptr is not None:
+                place = (out_row + phases_h * row) * y_stride_h + phases_w * i * channels
+                tl.store(y_ptr + place, values[i].to(y_ptr.dtype.element_ty), mask=columns_ok[i])
             distance = tl.where(columns_ok[i], values[i] - pivot, 0.0)
             sums += distance
             squares = tl.fma(distance, distance, squares)
@@ -138,15 +146,24 @@ def depthwise_apply_kernel(
             tl.store(z_row_ptr + phases_w * i * channels, z.to(z_ptr.dtype.element_ty), mask=columns_ok[i])
 
 
-def statistics(problem: Problem, weight: torch.Tensor) -> torch.Tensor:
-    """Mean and biased variance of each channel of the convolution's output, [2, C], fp32 (F1 and F2)."""
+def convolve(problem: Problem, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The convolution's output y [N, C, H', W'], channels-last in the dtype of x, and what `statistics` gives."""
+    y = empty_channels_last((*problem.x.shape[:2], *problem.out_size), problem.x)
+    return y, statistics(problem, weight, y)
+
+
+def statistics(problem: Problem, weight: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean and biased variance of each channel of the convolution's output, [2, C], fp32 (F1 and F2).
+
+    `y`, if given, receives the output itself; the statistics are those of the values before they are rounded to it.
+    """
     channels, device = problem.x.shape[1], problem.x.device
     walk, arguments = walk_arguments(problem, problem.tile("statistics"))
     count = torch.empty(walk.tiles, dtype=torch.float32, device=device)
     mean, m2 = (torch.empty(walk.tiles, channels, dtype=torch.float32, device=device) for _ in range(2))
     if walk.tiles == 0:
         return torch.zeros(2, channels, dtype=torch.float32, device=device)
-    depthwise_statistics_kernel[(walk.programs,)](problem.x, weight, count, mean, m2, **arguments)
+    depthwise_statistics_kernel[(walk.programs,)](problem.x, weight, y, count, mean, m2, **arguments)
     return merge_statistics(count, mean, m2)
 
 

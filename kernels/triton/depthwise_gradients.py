@@ -14,8 +14,57 @@ from .statistics import sum_partials
 _LEAST_CHUNK, _CHUNK = 256, 4096
 
 
+def convolution_gradients(
+    problem: Problem, weight: torch.Tensor, dy: torch.Tensor, *, need_dx: bool, need_dw: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """dx in the dtype of x and dw in that of the weight from dy [N, C, H', W'], the gradient of the convolution."""
+    if problem.x.numel() == 0:
+        return torch.empty_like(problem.x) if need_dx else None, torch.zeros_like(weight) if need_dw else None
+    dy = dense_channels_last(dy)
+    return (
+        _input_gradient(problem, weight, dy) if need_dx else None,
+        _weight_gradient(problem, weight, dy) if need_dw else None,
+    )
+
+
+def _taps(problem: Problem) -> dict[str, int]:
+    return {
+        "STRIDE_H": problem.stride[0],
+        "STRIDE_W": problem.stride[1],
+        "KERNEL_H": problem.kernel_size[0],
+        "KERNEL_W": problem.kernel_size[1],
+    }
+
+
+def _input_gradient(problem: Problem, weight: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+    tile = problem.tile("dx")
+    batch, channels, height, width = problem.x.shape
+    dx = empty_channels_last(tuple(problem.x.shape), problem.x)
+    programs = triton.cdiv(batch * height * width, tile.block_p) * triton.cdiv(channels, tile.block_c)
+    kernels.depthwise_dx_kernel[(programs,)](
+        weight, dy, dx, **problem.dense_sizes(), **_taps(problem),
+        BLOCK_P=tile.block_p, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
+    )  # fmt: skip
+    return dx
+
+
+def _weight_gradient(problem: Problem, weight: torch.Tensor, dy: torch.Tensor) -> torch.Tensor:
+    tile = problem.tile("dw")
+    batch, channels = problem.x.shape[:2]
+    pixels = batch * problem.out_size[0] * problem.out_size[1]
+    chunk = max(_LEAST_CHUNK, min(_CHUNK, triton.next_power_of_2(triton.cdiv(pixels, 512))))
+    parts, taps = triton.cdiv(pixels, chunk), problem.kernel_size[0] * problem.kernel_size[1]
+    partial = torch.empty(parts, taps, channels, dtype=torch.float32, device=dy.device)
+    programs = parts * triton.cdiv(channels, tile.block_c) * problem.kernel_size[0]
+    kernels.depthwise_dw_kernel[(programs,)](
+        problem.x, dy, partial, **problem.sizes(), **_taps(problem), chunk=chunk,
+        BLOCK_P=tile.block_p, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
+    )  # fmt: skip
+    return sum_partials(partial, weight.dtype).view_as(weight)
+
+
 class Backward:
-    """The backward passes of one call.
+    """The backward passes of one call that convolves again.
 
     Args:
         problem: the call's x and sizes.
@@ -59,16 +108,16 @@ class Backward:
         return out
 
     def reduce(self) -> torch.Tensor:
-        """Σ dA and Σ dA·ŷ over images and pixels, [C, 2], fp32 (B1): the gradients of β and γ."""
+        """Σ dA and Σ dA·ŷ over images and pixels, [2, C], fp32 (B1): the gradients of β and γ."""
         partial = self._walk_outputs("reduce", None, store=False)
         if len(partial) == 0:
-            return torch.zeros(partial.shape[2], 2, dtype=torch.float32, device=partial.device)
-        return sum_partials(partial)
+            return torch.zeros(2, partial.shape[2], dtype=torch.float32, device=partial.device)
+        return sum_partials(partial.flatten(1)[:, None]).view(2, -1)
 
     def gradients(
         self, terms: torch.Tensor, *, need_dx: bool, need_dw: bool
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """dx in the dtype of x and dw in that of the weight (B2); `terms` are the sums over the count, [C, 2]."""
+        """dx in the dtype of x and dw in that of the weight (B2); `terms` are the sums over the count, [2, C]."""
         problem = self.problem
         if problem.x.numel() == 0:
             dx = torch.empty_like(problem.x) if need_dx else None
@@ -76,7 +125,7 @@ class Backward:
         if problem.kernel_size == (3, 3) and problem.stride == (1, 1):
             return self._single_pass(terms, need_dx, need_dw)
         dy = self._walk_outputs("reduce", terms, store=True)
-        return self._dx(dy) if need_dx else None, self._dw(dy) if need_dw else None
+        return convolution_gradients(problem, self.weight, dy, need_dx=need_dx, need_dw=need_dw)
 
     def _single_pass(self, terms, need_dx, need_dw):
         problem, tile = self.problem, self.problem.tile("gradients")
@@ -100,37 +149,3 @@ class Backward:
         )  # fmt: skip
         dw = sum_partials(partial, self.weight.dtype).view_as(self.weight) if need_dw else None
         return dx, dw
-
-    def _taps(self) -> dict[str, int]:
-        problem = self.problem
-        return {
-            "STRIDE_H": problem.stride[0],
-            "STRIDE_W": problem.stride[1],
-            "KERNEL_H": problem.kernel_size[0],
-            "KERNEL_W": problem.kernel_size[1],
-        }
-
-    def _dx(self, dy: torch.Tensor) -> torch.Tensor:
-        problem, tile = self.problem, self.problem.tile("dx")
-        batch, channels, height, width = problem.x.shape
-        dx = empty_channels_last(tuple(problem.x.shape), problem.x)
-        programs = triton.cdiv(batch * height * width, tile.block_p) * triton.cdiv(channels, tile.block_c)
-        kernels.depthwise_dx_kernel[(programs,)](
-            self.weight, dy, dx, **problem.dense_sizes(), **self._taps(),
-            BLOCK_P=tile.block_p, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
-        )  # fmt: skip
-        return dx
-
-    def _dw(self, dy: torch.Tensor) -> torch.Tensor:
-        problem, tile = self.problem, self.problem.tile("dw")
-        batch, channels = problem.x.shape[:2]
-        pixels = batch * problem.out_size[0] * problem.out_size[1]
-        chunk = max(_LEAST_CHUNK, min(_CHUNK, triton.next_power_of_2(triton.cdiv(pixels, 512))))
-        parts, taps = triton.cdiv(pixels, chunk), problem.kernel_size[0] * problem.kernel_size[1]
-        partial = torch.empty(parts, taps, channels, dtype=torch.float32, device=dy.device)
-        programs = parts * triton.cdiv(channels, tile.block_c) * problem.kernel_size[0]
-        kernels.depthwise_dw_kernel[(programs,)](
-            problem.x, dy, partial, **problem.sizes(), **self._taps(), chunk=chunk,
-            BLOCK_P=tile.block_p, BLOCK_C=tile.block_c, num_warps=tile.num_warps,
-        )  # fmt: skip
-        return sum_partials(partial, self.weight.dtype).view_as(self.weight)

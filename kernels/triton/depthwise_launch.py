@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -10,12 +9,7 @@ import torch
 import triton
 
 from . import configs
-
-
-@functools.cache
-def _capability(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return 10 * major + minor
+from .device import capability_of
 
 
 def channels_last(tensor: torch.Tensor) -> torch.Tensor:
@@ -90,9 +84,8 @@ class Problem(NamedTuple):
 
     def tile(self, operation: str) -> configs.Tile:
         """The tile of this pass."""
-        capability = _capability(self.x.device.index) if self.x.is_cuda else 0
-        size = self.x.element_size()
-        return configs.tile(operation, capability, size, max(self.kernel_size), self.x.shape[1], self.out_size[1])
+        size, channels = self.x.element_size(), self.x.shape[1]
+        return configs.tile(operation, capability_of(self.x), size, max(self.kernel_size), channels, self.out_size[1])
 
     def sizes(self) -> dict[str, Any]:
         """The arguments that all kernels over x take."""

@@ -1,0 +1,27 @@
+"""How Triton operators enter PyTorch's dispatcher."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+
+def implement(library: torch.library.Library, name: str) -> Callable[[Callable], Callable]:
+    """Registers the decorated function for CPU tensors (Triton's interpreter) and CUDA tensors.
+
+    Triton launches on the current device, so a call on another GPU's tensors makes that one current meanwhile.
+    """
+
+    def register(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def on_its_device(first, *arguments):
+            with torch.cuda.device(first.device):
+                return function(first, *arguments)
+
+        library.impl(name, function, "CPU")
+        library.impl(name, on_its_device, "CUDA")
+        return function
+
+    return register
