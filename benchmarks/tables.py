@@ -92,7 +92,20 @@ def demo_table() -> str:
     return markdown(rows)
 
 
-TABLES = {"static": static_table, "traffic": traffic_table, "launches": launches_table, "demo": demo_table}
+def fuse_table() -> str:
+    """A training step of torchvision's models, original and fused."""
+    rows = [{name: value for name, value in row.items() if name != "input"} for row in stored("fuse-cpu")["rows"]]
+    size = stored("fuse-cpu")["rows"][0]["input"]
+    return f"{markdown(rows)}\nOne training step, {size}, bfloat16.\n{source('fuse-cpu')}"
+
+
+TABLES = {
+    "fuse": fuse_table,
+    "static": static_table,
+    "traffic": traffic_table,
+    "launches": launches_table,
+    "demo": demo_table,
+}
 
 
 def filled(document: str) -> str:

@@ -118,7 +118,9 @@ SUBJECTS = [
     Subject("depthwise_conv_bn_act", "5×5 s1 4×32×16×16 fp16", _depthwise(torch.float16, _SMALL, 5)),
     Subject("batch_norm_act", "4×32×16×16 fp16", _batch_norm(torch.float16, _SMALL, with_residual=False), _LIMITS),
     Subject(
-        "batch_norm_act", "4×32×16×16 fp16 + residual", _batch_norm(torch.float16, _SMALL, with_residual=True),
+        "batch_norm_act",
+        "4×32×16×16 fp16 + residual",
+        _batch_norm(torch.float16, _SMALL, with_residual=True),
         (4.2, 7.3, 2.05),
     ),
 ]
