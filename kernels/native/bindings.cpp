@@ -1,6 +1,7 @@
 #include <nanobind/nanobind.h>
 
 #include "allocator.h"
+#include "spectral_bindings.h"
 
 namespace nb = nanobind;
 
@@ -30,4 +31,5 @@ NB_MODULE(_native, m) {
   m.doc() = "Compiled part of fastcifar.";
   m.def("tune_allocator", &fastcifar::tune_allocator);
   m.def("build_info", &build_info);
+  bind_spectral(m);
 }
