@@ -1,0 +1,120 @@
+"""Where the weights of a batch lie in memory, seen as matrices."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+# Normalised weights start at multiples of this many elements, so that vector loads are aligned.
+ALIGNMENT = 16
+
+
+class Matrix(NamedTuple):
+    """A dense weight as a matrix [rows, outer·inner] that lies in memory as [outer, rows, inner].
+
+    Column m in memory order is column (m % q)·swap + m // q of the matrix, q = columns / swap (swap is 1 unless
+    the weight is channels-last). The offsets are into the tensors of `Layout`.
+    """
+
+    rows: int
+    outer: int
+    inner: int
+    swap: int
+    weight_offset: int
+    vector_offset: int
+
+    @property
+    def columns(self) -> int:
+        return self.outer * self.inner
+
+    @property
+    def size(self) -> int:
+        return self.rows * self.outer * self.inner
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The matrices of a batch of weights and the sizes of what holds their results.
+
+    `normalised` elements hold all W/σ, `vectors` all u and v (v in memory order); `views` are (shape, strides,
+    offset) of each normalised weight, `vector_views` (rows, columns, offset) of its vectors,
+    `table` holds the matrices' numbers in a row.
+    """
+
+    matrices: tuple[Matrix, ...]
+    normalised: int
+    vectors: int
+    views: tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]
+    vector_views: tuple[tuple[int, int, int], ...]
+    table: tuple[int, ...]
+
+    def split_normalised(self, normalised: torch.Tensor) -> list[torch.Tensor]:
+        """The weights in a tensor of `normalised` elements, as views."""
+        return [normalised.as_strided(shape, strides, offset) for shape, strides, offset in self.views]
+
+    def split_vectors(self, vectors: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The us and the vs in a tensor of `vectors` elements, as views."""
+        us = [vectors[offset : offset + rows] for rows, _, offset in self.vector_views]
+        vs = [vectors[offset + rows : offset + rows + columns] for rows, columns, offset in self.vector_views]
+        return us, vs
+
+
+@functools.lru_cache(maxsize=1024)
+def factor(shape: tuple[int, ...], strides: tuple[int, ...], dim: int) -> tuple[int, int, int, int] | None:
+    """(rows, outer, inner, swap) of a weight whose rows lie along `dim`, or None when memory has another order."""
+    rest = [axis for axis in range(len(shape)) if axis != dim]
+    order = sorted((axis for axis in range(len(shape)) if shape[axis] != 1), key=lambda axis: -strides[axis])
+    expected = 1
+    for axis in reversed(order):
+        if strides[axis] != expected:
+            return None
+        expected *= shape[axis]
+    place = order.index(dim) if shape[dim] != 1 else 0
+    columns = [axis for axis in order if axis != dim]
+    logical = [axis for axis in rest if shape[axis] != 1]
+    # The columns' order in memory may be the matrix's own, or that with its front moved to the back.
+    turn = logical.index(columns[0]) if columns else 0
+    if columns != logical[turn:] + logical[:turn]:
+        return None
+    outer = math.prod(shape[axis] for axis in columns[:place])
+    inner = math.prod(shape[axis] for axis in columns[place:])
+    swap = math.prod(shape[axis] for axis in logical[turn:]) if turn else 1
+    return shape[dim], outer, inner, swap
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(key: tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]) -> Layout:
+    matrices, views, vector_views, weight_offset, vector_offset = [], [], [], 0, 0
+    for shape, strides, dim in key:
+        matrix = Matrix(*factor(shape, strides, dim), weight_offset, vector_offset)
+        matrices.append(matrix)
+        views.append((shape, strides, weight_offset))
+        vector_views.append((matrix.rows, matrix.columns, vector_offset))
+        weight_offset += -(-matrix.size // ALIGNMENT) * ALIGNMENT
+        vector_offset += -(-(matrix.rows + matrix.columns) // ALIGNMENT) * ALIGNMENT
+    table = tuple(number for matrix in matrices for number in matrix)
+    return Layout(tuple(matrices), weight_offset, vector_offset, tuple(views), tuple(vector_views), table)
+
+
+def arrange(weights: list[torch.Tensor], dims: list[int]) -> tuple[list[torch.Tensor], Layout]:
+    """The weights, copied where their memory has gaps or an unusual order, and their layout."""
+    key = []
+    for index, (weight, dim) in enumerate(zip(weights, dims, strict=True)):
+        shape, strides = tuple(weight.shape), weight.stride()
+        if not weight.is_contiguous() and factor(shape, strides, dim) is None:
+            weights = [*weights]
+            weights[index] = weight.contiguous()
+            strides = weights[index].stride()
+        key.append((shape, strides, dim))
+    return weights, _layout(tuple(key))
+
+
+def dense(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """The tensor itself when it has these strides, otherwise a copy that has them."""
+    if tensor.stride() == strides:
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
