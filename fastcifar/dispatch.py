@@ -6,6 +6,9 @@ why it cannot; `impl="auto"` takes the first that can and would, a named `impl` 
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,21 +43,55 @@ def _always(call: Call) -> str | None:
     return None
 
 
-def _load_reference(operator: str) -> Callable[[], Callable]:
-    def load() -> Callable:
-        from fastcifar import reference
+def _loaded(module: str, function: str) -> Callable[[], Callable]:
+    return lambda: getattr(importlib.import_module(module), function)
 
-        return getattr(reference, operator)
 
-    return load
+_LOW_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _triton_obstacle(call: Call) -> str | None:
+    """What every Triton kernel needs."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; run `pip install triton`"
+    if call.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton runs on CUDA tensors; on the CPU only its interpreter does (TRITON_INTERPRET=1)"
+    if call.device.type not in ("cpu", "cuda"):
+        return f"Triton kernels run on CUDA tensors, not on {call.device.type}"
+    if call.dtype not in _LOW_AND_SINGLE:
+        return f"Triton kernels compute float32, float16 and bfloat16, not {_name(call.dtype)}"
+    if call.device.type == "cuda" and torch.cuda.get_device_capability(call.device) < (8, 0):
+        return "Triton kernels need compute capability 8.0 or higher"
+    return None
+
+
+def _triton_depthwise_obstacle(call: Call) -> str | None:
+    if call.kernel_size not in ((3, 3), (5, 5), (7, 7)):
+        size = "×".join(str(side) for side in call.kernel_size or ())
+        return f"Triton kernels convolve with 3×3, 5×5 and 7×7 weights, not {size}"
+    return _triton_obstacle(call)
+
+
+def _triton_reluctance(call: Call) -> str | None:
+    return "Triton's interpreter is for tests" if call.device.type == "cpu" else None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 _OPERATORS: dict[str, list[Implementation]] = {
     "depthwise_conv_bn_act": [
-        Implementation("reference", _load_reference("depthwise_conv_bn_act"), _always),
+        Implementation(
+            "triton",
+            _loaded("fastcifar.ops.depthwise", "depthwise_conv_bn_act"),
+            _triton_depthwise_obstacle,
+            _triton_reluctance,
+        ),
+        Implementation("reference", _loaded("fastcifar.reference", "depthwise_conv_bn_act"), _always),
     ],
     "batch_norm_act": [
-        Implementation("reference", _load_reference("batch_norm_act"), _always),
+        Implementation("reference", _loaded("fastcifar.reference", "batch_norm_act"), _always),
     ],
 }
 
@@ -109,7 +146,7 @@ def explain(operator: str | None = None, call: Call | None = None) -> str:
         call = Call(device=device, dtype=torch.bfloat16, kernel_size=(3, 3))
     lines = []
     for name in [operator] if operator else list(_OPERATORS):
-        lines.append(f"{name} ({call.device.type}, {str(call.dtype).removeprefix('torch.')}):")
+        lines.append(f"{name} ({call.device.type}, {_name(call.dtype)}):")
         taken = False
         for implementation in _OPERATORS[name]:
             reason = implementation.obstacle(call)

@@ -1,6 +1,4 @@
-"""Triton kernels and their launchers. Importing this package compiles nothing.
+"""Triton kernels and their launchers. Importing this package compiles nothing."""
 
-Each module in KERNEL_MODULES has a function `static_cases()`: what to compile ahead of time, on a machine without GPU.
-"""
-
-KERNEL_MODULES = ("spectral",)
+# The modules whose `static_cases()` list every kernel with every tile that may run.
+KERNEL_MODULES = ("depthwise_cases", "spectral")
