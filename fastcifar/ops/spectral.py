@@ -6,6 +6,7 @@ returned; `advance` alone, which no graph records, writes them in place.
 
 from __future__ import annotations
 
+import atexit
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +35,10 @@ def _addresses(tensors: Sequence[torch.Tensor | None]) -> list[int]:
 @functools.lru_cache(maxsize=256)
 def _native_batch(table: tuple[int, ...]) -> Any:
     return native.module().SpectralBatch(list(table))
+
+
+# Before the module goes, so that it does not report them as leaked.
+atexit.register(_native_batch.cache_clear)
 
 
 @functools.lru_cache(maxsize=256)
@@ -158,25 +163,15 @@ def spectral_normalize(
     eps: float,
     impl: str,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """The operator on kernels ("triton" or "native"); shapes as in `fastcifar.functional.spectral_normalize`."""
+    """The operator on kernels ("triton" or "native"), for weights of one dtype; shapes as in
+    `fastcifar.functional.spectral_normalize`."""
     count = len(weights)
-    normalised, new_us, new_vs, sigmas = [None] * count, list(us), list(vs), [None] * count
-    for chosen in _by_dtype(weights):
-        size = len(chosen)
-        tensors = [values[i] for values in (weights, us, vs) for i in chosen]
-        results = _Normalize.apply(n_power_iterations, eps, impl, *tensors)
-        for position, i in enumerate(chosen):
-            normalised[i], sigmas[i] = results[position], results[position - size]
-            if n_power_iterations:
-                new_us[i], new_vs[i] = results[size + position], results[2 * size + position]
-    return normalised, new_us, new_vs, sigmas
-
-
-def _by_dtype(weights: Sequence[torch.Tensor]) -> list[list[int]]:
-    groups: dict[torch.dtype, list[int]] = {}
-    for index, weight in enumerate(weights):
-        groups.setdefault(weight.dtype, []).append(index)
-    return list(groups.values())
+    vectors = [vector.contiguous() for vector in (*us, *vs)]
+    results = _Normalize.apply(n_power_iterations, eps, impl, *weights, *vectors)
+    normalised, sigmas = list(results[:count]), list(results[-count:])
+    if n_power_iterations == 0:
+        return normalised, list(us), list(vs), sigmas
+    return normalised, list(results[count : 2 * count]), list(results[2 * count : 3 * count]), sigmas
 
 
 class Normalised:
