@@ -8,40 +8,56 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 
-def iterate(
-    matrices: torch.Tensor, v: torch.Tensor, n_power_iterations: int, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Power iterations on matrices [G, H, W] from v [G, W]: u ← W v/|W v|, v ← Wᵀu/|Wᵀu|, u [G, H] first.
+def power_iterations(
+    matrices: Sequence[torch.Tensor], vs: Sequence[torch.Tensor], n_power_iterations: int, eps: float
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Power iterations on matrices [H, W] from vs [W]: u ← W v/|W v|, then v ← Wᵀu/|Wᵀu|; us [H] and vs.
 
     Source: Miyato et al., Spectral Normalization for Generative Adversarial Networks, 2018, algorithm 1.
     """
-    u = None
+    stacks = _stacks(matrices)
+    us, vs = [], list(vs)
     for _ in range(n_power_iterations):
-        u = F.normalize(_products(matrices, v), dim=1, eps=eps)
-        v = F.normalize(_products(matrices.mT, u), dim=1, eps=eps)
-    return u, v
+        us = _normalise(_products(stacks, vs, transposed=False), eps)
+        vs = _normalise(_products(stacks, us, transposed=True), eps)
+    return us, vs
 
 
-def _products(matrices: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    """[G, H, W] times [G, W] → [G, H]."""
-    if matrices.shape[0] == 1:
-        return torch.mv(matrices[0], vectors[0]).unsqueeze(0)
-    return torch.bmm(matrices, vectors.unsqueeze(2)).squeeze(2)
-
-
-def _groups(weights: Sequence[torch.Tensor]) -> list[list[int]]:
-    """Indices of weights whose matrices can be stacked."""
+def _stacks(matrices: Sequence[torch.Tensor]) -> list[tuple[list[int], torch.Tensor]]:
+    """Indices of the matrices of each shape, and those as one tensor [G, H, W] ([H, W] of a single one)."""
     groups: dict[tuple, list[int]] = {}
-    for index, weight in enumerate(weights):
-        groups.setdefault((weight.shape[0], weight.numel(), weight.dtype, weight.device), []).append(index)
-    return list(groups.values())
+    for index, matrix in enumerate(matrices):
+        groups.setdefault((matrix.shape, matrix.dtype), []).append(index)
+    return [
+        (group, matrices[group[0]] if len(group) == 1 else torch.stack([matrices[i] for i in group]))
+        for group in groups.values()
+    ]
 
 
-def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+def _products(
+    stacks: list[tuple[list[int], torch.Tensor]], vectors: list[torch.Tensor], *, transposed: bool
+) -> list[torch.Tensor]:
+    """W v of every matrix, or Wᵀv."""
+    products = [None] * len(vectors)
+    for group, stack in stacks:
+        if transposed:
+            stack = stack.mT
+        if len(group) == 1:
+            products[group[0]] = torch.mv(stack, vectors[group[0]])
+            continue
+        columns = torch.stack([vectors[i] for i in group]).unsqueeze(2)
+        for i, product in zip(group, torch.bmm(stack, columns).squeeze(2).unbind(), strict=True):
+            products[i] = product
+    return products
+
+
+def _normalise(vectors: list[torch.Tensor], eps: float) -> list[torch.Tensor]:
+    """`F.normalize` of every vector."""
+    norms = torch._foreach_norm(vectors)
+    torch._foreach_clamp_min_(norms, eps)
+    return list(torch._foreach_div(vectors, norms))
 
 
 def spectral_normalize(
@@ -56,25 +72,26 @@ def spectral_normalize(
 
     Differentiable, twice, with respect to the weights; u and v are constants.
     """
-    count = len(weights)
-    normalised, new_us, new_vs, sigmas = [None] * count, list(us), list(vs), [None] * count
     with torch.autocast(weights[0].device.type, enabled=False):
-        for group in _groups(weights):
-            # The vectors' dtype is that of the arithmetic.
-            dtype = us[group[0]].dtype
-            matrices = _stack([weights[i].to(dtype).flatten(1) for i in group])
-            with torch.no_grad():
-                if n_power_iterations:
-                    u, v = iterate(matrices, _stack([vs[i] for i in group]), n_power_iterations, eps)
-                else:
-                    # Copies: the caller may advance its vectors before the backward pass.
-                    u, v = (_stack([vectors[i].clone() for i in group]) for vectors in (us, vs))
-            sigma = (u * _products(matrices, v)).sum(1)
-            for position, i in enumerate(group):
-                value = sigma[position]
-                normalised[i] = (weights[i].to(dtype) / value).to(weights[i].dtype)
-                new_us[i], new_vs[i], sigmas[i] = u[position], v[position], value.detach()
-    return normalised, new_us, new_vs, sigmas
+        # The vectors' dtype is that of the arithmetic.
+        wide = [weight.to(v.dtype) for weight, v in zip(weights, vs, strict=True)]
+        matrices = [weight.flatten(1) for weight in wide]
+        with torch.no_grad():
+            if n_power_iterations:
+                us, vs = power_iterations(matrices, vs, n_power_iterations, eps)
+            else:
+                # Copies: the caller may advance its vectors before the backward pass.
+                us, vs = ([vector.clone() for vector in vectors] for vectors in (us, vs))
+        sigmas = [
+            torch.dot(u, torch.mv(matrix, v)) for matrix, u, v in zip(matrices, us, vs, strict=True)
+        ]
+        normalised = torch._foreach_div(wide, sigmas)
+        return (
+            [value.to(weight.dtype) for value, weight in zip(normalised, weights, strict=True)],
+            list(us),
+            list(vs),
+            [sigma.detach() for sigma in sigmas],
+        )
 
 
 class Normalised:
