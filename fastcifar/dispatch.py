@@ -12,6 +12,8 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -35,7 +37,7 @@ class Implementation:
     `auto` prefers the next one although this one could run."""
 
     name: str
-    load: Callable[[], Callable]
+    load: Callable[[], Callable | ModuleType]
     obstacle: Callable[[Call], str | None]
     reluctance: Callable[[Call], str | None] = lambda call: None
 
@@ -44,8 +46,25 @@ def _always(call: Call) -> str | None:
     return None
 
 
-def _loaded(module: str, function: str) -> Callable[[], Callable]:
-    return lambda: getattr(importlib.import_module(module), function)
+# Import statements and not importlib: torch.compile traces through these.
+
+
+def _reference_depthwise() -> Callable:
+    from fastcifar import reference
+
+    return reference.depthwise_conv_bn_act
+
+
+def _reference_batch_norm_act() -> Callable:
+    from fastcifar import reference
+
+    return reference.batch_norm_act
+
+
+def _triton_depthwise() -> Callable:
+    from fastcifar.ops import depthwise
+
+    return depthwise.depthwise_conv_bn_act
 
 
 _LOW_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
@@ -79,6 +98,33 @@ def _triton_reluctance(call: Call) -> str | None:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _no_native_aw_hinge(call: Call) -> str | None:
+    from fastcifar import native
+
+    reason = native.why_not()
+    if reason is not None or call.device.type == "cpu":
+        return reason
+    if call.device.type != "cuda" or torch.version.cuda is None:
+        return f"the compiled module has no code for {call.device.type} tensors on this build of torch"
+    reason = native.cuda_obstacle()
+    if reason is not None:
+        return reason
+    major, minor = torch.cuda.get_device_capability(call.device)
+    return None if major >= 8 else f"the compiled module holds code for sm_80 and later, this GPU is sm_{major}{minor}"
+
+
+def _load_aw_hinge() -> ModuleType:
+    from fastcifar.ops import aw_hinge
+
+    return aw_hinge
+
+
+def _load_reference_aw_hinge() -> ModuleType:
+    from fastcifar import reference_aw_hinge
+
+    return reference_aw_hinge
 
 
 def _native_spectral_obstacle(call: Call) -> str | None:
@@ -121,14 +167,19 @@ _OPERATORS: dict[str, list[Implementation]] = {
     "depthwise_conv_bn_act": [
         Implementation(
             "triton",
-            _loaded("fastcifar.ops.depthwise", "depthwise_conv_bn_act"),
+            _triton_depthwise,
             _triton_depthwise_obstacle,
             _triton_reluctance,
         ),
-        Implementation("reference", _loaded("fastcifar.reference", "depthwise_conv_bn_act"), _always),
+        Implementation("reference", _reference_depthwise, _always),
     ],
     "batch_norm_act": [
-        Implementation("reference", _loaded("fastcifar.reference", "batch_norm_act"), _always),
+        Implementation("reference", _reference_batch_norm_act, _always),
+    ],
+    # Three phases between two backward passes: what loads is a module with all of them.
+    "aw_hinge": [
+        Implementation("native", _load_aw_hinge, _no_native_aw_hinge),
+        Implementation("reference", _load_reference_aw_hinge, _always),
     ],
     "spectral_normalize": _spectral("spectral_normalize"),
     # The same with u and v written in place, for `SpectralNormGroup`.
@@ -146,24 +197,42 @@ def implementations(operator: str) -> list[Implementation]:
     return list(_OPERATORS[operator])
 
 
-def select(operator: str, impl: str, call: Call) -> Callable:
+def select(operator: str, impl: str, call: Call) -> Any:
     """The function that runs `operator` for this call.
 
     Raises:
         ValueError: `impl` names an implementation that this operator does not have.
         RuntimeError: the named implementation cannot run this call; the message says what is missing.
     """
+    name = _choose(operator, impl, call.device, call.dtype, call.kernel_size, call.training)
+    for implementation in _OPERATORS[operator]:
+        if implementation.name == name:
+            return implementation.load()
+    raise AssertionError(name)
+
+
+@torch.compiler.assume_constant_result
+def _choose(
+    operator: str,
+    impl: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    kernel_size: tuple[int, int] | None,
+    training: bool,
+) -> str:
+    """The name of the implementation for this call."""
+    call = Call(device, dtype, kernel_size, training)
     available = _OPERATORS[operator]
     if impl == "auto":
         able = [i for i in available if i.obstacle(call) is None]
         willing = [i for i in able if i.reluctance(call) is None]
-        return (willing or able)[0].load()
+        return (willing or able)[0].name
     for implementation in available:
         if implementation.name == impl:
             obstacle = implementation.obstacle(call)
             if obstacle is not None:
                 raise RuntimeError(f'{operator}: impl="{impl}" cannot run here: {obstacle}')
-            return implementation.load()
+            return impl
     names = ", ".join(i.name for i in available)
     raise ValueError(f'{operator}: has no implementation "{impl}" (it has: {names})')
 

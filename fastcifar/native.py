@@ -60,6 +60,17 @@ def has_cuda() -> bool:
     return bool(build_info().get("cuda"))
 
 
+@functools.cache
+def cuda_obstacle() -> str | None:
+    """None when the module's CUDA code can run on this machine; otherwise one sentence: why not."""
+    if module() is None:
+        return why_not()
+    if not has_cuda():
+        return "the compiled module was built without CUDA (no working nvcc was found); install one and reinstall"
+    reason = module().cuda_obstacle()
+    return None if reason is None else f"the compiled module finds no CUDA device: {reason}"
+
+
 def tune_allocator() -> bool:
     """Makes the C library keep freed memory (glibc: mmap and trim thresholds at their maximum).
 

@@ -101,8 +101,11 @@ def test_the_wheel_holds_what_it_should(compiled):
 
 
 def test_an_installed_wheel_has_its_compiled_module(compiled, tmp_path):
+    code = "import fastcifar.native as n, fastcifar.kernels as k; print(k.__file__, n.module().__file__)"
+    kernels = run(compiled[0], code, tmp_path)
     place, why_not, info = run(compiled[0], REPORT, tmp_path).splitlines()
     assert place.startswith(str(compiled[0])) and why_not == "None" and "compiler" in info
+    assert all(file.startswith(str(compiled[0] / "fastcifar" / "kernels")) for file in kernels.split())
     assert int(run(compiled[0], STEP, tmp_path)) > 10
 
 

@@ -1,6 +1,15 @@
 """Drop-in `torch.nn` modules."""
 
+from fastcifar.nn.aw_hinge import AdaptiveHinge, AdaptiveWeightedHinge
 from fastcifar.nn.batch_norm import BatchNormAct
 from fastcifar.nn.depthwise import DepthwiseConvBNAct
+from fastcifar.nn.spectral import SpectralNormGroup, spectral_norm
 
-__all__ = ["BatchNormAct", "DepthwiseConvBNAct"]
+__all__ = [
+    "AdaptiveHinge",
+    "AdaptiveWeightedHinge",
+    "BatchNormAct",
+    "DepthwiseConvBNAct",
+    "SpectralNormGroup",
+    "spectral_norm",
+]

@@ -1,1 +1,1 @@
-"""Operators: torch.library registration, fake kernels, autograd; one file an operator and implementation."""
+"""Operators: what a kernel needs around it, registration and autograd; one file an operator and implementation."""

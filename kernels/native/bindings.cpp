@@ -1,6 +1,7 @@
 #include <nanobind/nanobind.h>
 
 #include "allocator.h"
+#include "aw_hinge_bindings.h"
 #include "spectral_bindings.h"
 
 namespace nb = nanobind;
@@ -31,5 +32,6 @@ NB_MODULE(_native, m) {
   m.doc() = "Compiled part of fastcifar.";
   m.def("tune_allocator", &fastcifar::tune_allocator);
   m.def("build_info", &build_info);
+  bind_aw_hinge(m);
   bind_spectral(m);
 }
