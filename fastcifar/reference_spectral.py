@@ -82,9 +82,7 @@ def spectral_normalize(
             else:
                 # Copies: the caller may advance its vectors before the backward pass.
                 us, vs = ([vector.clone() for vector in vectors] for vectors in (us, vs))
-        sigmas = [
-            torch.dot(u, torch.mv(matrix, v)) for matrix, u, v in zip(matrices, us, vs, strict=True)
-        ]
+        sigmas = [torch.dot(u, torch.mv(matrix, v)) for matrix, u, v in zip(matrices, us, vs, strict=True)]
         normalised = torch._foreach_div(wide, sigmas)
         return (
             [value.to(weight.dtype) for value, weight in zip(normalised, weights, strict=True)],
