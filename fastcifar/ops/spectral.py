@@ -43,9 +43,9 @@ atexit.register(_native_batch.cache_clear)
 
 @functools.lru_cache(maxsize=256)
 def _triton_batch(table: tuple[int, ...], device: torch.device) -> Any:
-    from fastcifar.kernels.triton import spectral
+    from fastcifar.kernels.triton.spectral_launch import Batch
 
-    return spectral.Batch(table, device)
+    return Batch(table, device)
 
 
 def _normalize_native(table, weights, us, vs, new_us, new_vs, results, n_power_iterations, eps):
