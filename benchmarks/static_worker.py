@@ -79,7 +79,9 @@ def compile_case(case: Any, capability: int) -> dict[str, Any]:
     compiled = triton.compile(source, target=target, options={"num_warps": case.num_warps})
     functions = machine_code.read_cubin(compiled.asm["cubin"])
     row = functions[compiled.metadata.name]
-    run_time = [name for name in names if name in case.types]
+    # A tuple of arguments arrives as so many parameters.
+    kinds = [(name, case.types[name]) for name in names if name in case.types]
+    run_time = [name for name, kind in kinds for _ in (kind if isinstance(kind, tuple) else (kind,))]
     row["arguments"] = machine_code.pointer_accesses(compiled.asm["ptx"], run_time)
     # What Triton asks for at launch; the cubin itself says nothing of it.
     row["shared"] += compiled.metadata.shared

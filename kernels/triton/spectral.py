@@ -188,11 +188,26 @@ def spectral_apply_kernel(
             tl.store(vectors_ptr + rows + column, v, mask=ok)
     normalised_ptr += tl.multiple_of(_offset(table_ptr, layer, _WEIGHT_OFFSET), 16)
     inverse = tl.div_rn(1.0, sigma)
+    first = tl.multiple_of(first, 16)
     end = tl.minimum(first + size, rows * columns)
-    for start in range(first, end, BLOCK):
+    full = first + (end - first) // BLOCK * BLOCK
+    # Whole blocks without a mask: only those have vector loads.
+    for start in range(first, full, BLOCK):
         place = start + tl.arange(0, BLOCK)
-        weight = tl.load(weight_ptr + place, mask=place < end, other=0.0).to(tl.float32)
-        tl.store(normalised_ptr + place, (weight * inverse).to(DTYPE), mask=place < end)
+        weight = tl.load(weight_ptr + place).to(tl.float32)
+        tl.store(normalised_ptr + place, (weight * inverse).to(DTYPE))
+    place = full + tl.arange(0, BLOCK)
+    weight = tl.load(weight_ptr + place, mask=place < end, other=0.0).to(tl.float32)
+    tl.store(normalised_ptr + place, (weight * inverse).to(DTYPE), mask=place < end)
+
+
+@triton.jit
+def _rank_one(vectors_ptr, place, ok, rows, inner):
+    """u·v of the elements at these places in memory order."""
+    line = place // inner
+    outer = line // rows
+    u = tl.load(vectors_ptr + (line - outer * rows), mask=ok, other=0.0)
+    return u * tl.load(vectors_ptr + rows + (place - (line - outer) * inner), mask=ok, other=0.0)
 
 
 @triton.jit
@@ -210,22 +225,28 @@ def spectral_gradient_kernel(
     offset = tl.multiple_of(_offset(table_ptr, layer, _WEIGHT_OFFSET), 16)
     gradient_ptr = tl.multiple_of(_pick(gradients, number).to(tl.pointer_type(DTYPE)), 16)
     normalised_ptr += offset
+    result_ptr += offset
+    whole = elements // BLOCK * BLOCK
     total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, elements, BLOCK):
+    for start in range(0, whole, BLOCK):
         place = start + tl.arange(0, BLOCK)
-        gradient = tl.load(gradient_ptr + place, mask=place < elements, other=0.0).to(tl.float32)
-        total += gradient * tl.load(normalised_ptr + place, mask=place < elements, other=0.0).to(tl.float32)
+        gradient = tl.load(gradient_ptr + place).to(tl.float32)
+        total += gradient * tl.load(normalised_ptr + place).to(tl.float32)
+    place = whole + tl.arange(0, BLOCK)
+    gradient = tl.load(gradient_ptr + place, mask=place < elements, other=0.0).to(tl.float32)
+    total += gradient * tl.load(normalised_ptr + place, mask=place < elements, other=0.0).to(tl.float32)
     inverse = tl.div_rn(1.0, tl.load(sigmas_ptr + layer))
     scale = tl.sum(total, 0) * inverse
-    u_ptr = vectors_ptr + _offset(table_ptr, layer, _VECTOR_OFFSET)
-    v_ptr = u_ptr + rows
+    vectors_ptr += _offset(table_ptr, layer, _VECTOR_OFFSET)
+    first = tl.multiple_of(first, 16)
     end = tl.minimum(first + size, elements)
-    for start in range(first, end, BLOCK):
+    full = first + (end - first) // BLOCK * BLOCK
+    for start in range(first, full, BLOCK):
         place = start + tl.arange(0, BLOCK)
-        ok = place < end
-        line = place // inner
-        outer = line // rows
-        u = tl.load(u_ptr + (line - outer * rows), mask=ok, other=0.0)
-        v = tl.load(v_ptr + (place - (line - outer) * inner), mask=ok, other=0.0)
-        gradient = tl.load(gradient_ptr + place, mask=ok, other=0.0).to(tl.float32)
-        tl.store(result_ptr + offset + place, (gradient * inverse - scale * u * v).to(DTYPE), mask=ok)
+        product = _rank_one(vectors_ptr, place, place < end, rows, inner)
+        gradient = tl.load(gradient_ptr + place).to(tl.float32)
+        tl.store(result_ptr + place, (gradient * inverse - scale * product).to(DTYPE))
+    place = full + tl.arange(0, BLOCK)
+    product = _rank_one(vectors_ptr, place, place < end, rows, inner)
+    gradient = tl.load(gradient_ptr + place, mask=place < end, other=0.0).to(tl.float32)
+    tl.store(result_ptr + place, (gradient * inverse - scale * product).to(DTYPE), mask=place < end)

@@ -20,14 +20,14 @@ ROW_TILE = (16, 256)
 COLUMN_TILE = (64, 64)
 NORM_BLOCK = 1024
 APPLY_BLOCK = 2048
-GRADIENT_BLOCK = 4096
+GRADIENT_BLOCK = 8192
 WARPS = 4
-GRADIENT_WARPS = 8
+GRADIENT_WARPS = 16
 # A program reads about this many partial sums at most, so that doing it again in every program stays cheap.
 PARTIALS = 4096
 # Elements of a slice of dW; every slice sums the whole inner product again.
 GRADIENT_SLICE = 8192
-GRADIENT_SLICES = 8
+GRADIENT_SLICES = 16
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
