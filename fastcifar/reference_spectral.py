@@ -98,6 +98,10 @@ class Normalised:
     def __init__(self, weights, dims, us, vs, sigmas):
         self.weights, self.dims, self.us, self.vs, self.sigmas = weights, dims, us, vs, sigmas
 
+    def split(self) -> list[torch.Tensor]:
+        """The normalised weights, a new view of each."""
+        return [weight.detach() for weight in self.weights]
+
     def gradients(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """dW = (dW̄ − ⟨dW̄, W̄⟩·u vᵀ)/σ for every dW̄ that is not None; shapes and dtypes of the weights."""
         return [

@@ -81,8 +81,6 @@ class SpectralNorm(nn.Module):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         if weight.dim() == 1:
             return F.normalize(weight, dim=0, eps=self.eps)
-        if self._group is not None and not torch.compiler.is_compiling():
-            return self._group._read(self._place, weight)
         # A group moves u and v by itself, in steps.
         iterate = self.training and self._group is None
         normalised, us, vs, _ = functional.spectral_normalize(

@@ -26,7 +26,7 @@ class _Weights(torch.autograd.Function):
         ctx.parts, ctx.names, ctx.originals = parts, names, originals
         ctx.versions = [weight._version for weight in originals]
         ctx.set_materialize_grads(False)
-        return tuple(weight.detach() for weight in _gather(parts, len(originals)))
+        return tuple(_gather(parts, len(originals)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -37,6 +37,8 @@ class _Weights(torch.autograd.Function):
                     f"SpectralNormGroup: the weight of {name} was changed in place (an optimiser step?) between the "
                     "forward pass and this backward pass; run the backward pass first, or the forward pass again"
                 )
+        if len(ctx.parts) == 1:
+            return None, None, *ctx.parts[0][1].gradients(gradients)
         results = [None] * len(gradients)
         for chosen, normalised in ctx.parts:
             part = normalised.gradients([gradients[i] for i in chosen])
@@ -46,11 +48,29 @@ class _Weights(torch.autograd.Function):
 
 
 def _gather(parts, count: int) -> list[torch.Tensor]:
+    """All normalised weights in the order of the layers, as new tensors."""
+    if len(parts) == 1:
+        return parts[0][1].split()
     weights = [None] * count
     for chosen, normalised in parts:
-        for i, weight in zip(chosen, normalised.weights, strict=True):
+        for i, weight in zip(chosen, normalised.split(), strict=True):
             weights[i] = weight
     return weights
+
+
+class _GroupedList(parametrize.ParametrizationList):
+    """The parametrisations of a layer in a group: it has one, and asks the group for what that would give."""
+
+    def forward(self) -> torch.Tensor:
+        # Straight from the dictionaries here and below: attributes of modules cost more than all arithmetic.
+        norm = self._modules["0"]
+        if norm._group is None or torch.compiler.is_compiling():
+            return super().forward()
+        return norm._group._read(norm._place, self._original())
+
+    def _original(self) -> torch.Tensor:
+        original = self._parameters.get("original")
+        return self.original if original is None else original
 
 
 class SpectralNormGroup:
@@ -92,7 +112,8 @@ class SpectralNormGroup:
         validation.check_implementation(type(self).__name__, impl)
         self.impl = impl
         self._names: list[str] = []
-        self._lists: list[parametrize.ParametrizationList] = []
+        self._lists: list[_GroupedList] = []
+        self._norms: list[SpectralNorm] = []
         for prefix, module in model.named_modules():
             if parametrize.is_parametrized(module):
                 for name, parameters in module.parametrizations.items():
@@ -120,14 +141,18 @@ class SpectralNormGroup:
                 norms[0]._group._drop(norms[0])
         else:
             parameters[0] = SpectralNorm.adopt(norms[0])
-        parameters[0]._group, parameters[0]._place = self, len(self._lists)
+        parameters.__class__ = _GroupedList
+        norm = parameters[0]
+        norm._group, norm._place = self, len(self._lists)
         self._names.append(name)
         self._lists.append(parameters)
+        self._norms.append(norm)
 
     def _drop(self, norm: SpectralNorm) -> None:
-        del self._names[norm._place], self._lists[norm._place]
-        for place, parameters in enumerate(self._lists):
-            parameters[0]._place = place
+        place = norm._place
+        del self._names[place], self._lists[place], self._norms[place]
+        for place, other in enumerate(self._norms):
+            other._place = place
         self.invalidate()
 
     def __len__(self) -> int:
@@ -146,12 +171,13 @@ class SpectralNormGroup:
             values.update(zip((self._names[i] for i in chosen), normalised.sigmas, strict=True))
         return values
 
-    @torch.compiler.disable
     def step(self) -> None:
         """Advances u, v and σ of every layer in training mode by its number of power iterations.
 
         Once for every update of the model, before its forward passes. No device is synchronised.
         """
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(self._normalise)(advance=True)
         self._normalise(advance=True)
 
     def invalidate(self) -> None:
@@ -160,30 +186,31 @@ class SpectralNormGroup:
         self._marks: list[tuple] = []
 
     def _normalise(self, *, advance: bool) -> None:
-        originals = [parameters.original for parameters in self._lists]
+        originals = [parameters._original() for parameters in self._lists]
         batches: dict[tuple, list[int]] = {}
-        for place, (weight, parameters) in enumerate(zip(originals, self._lists, strict=True)):
-            norm = parameters[0]
+        for place, (weight, norm) in enumerate(zip(originals, self._norms, strict=True)):
             iterations = norm.n_power_iterations if advance and norm.training else 0
             batches.setdefault((weight.device, weight.dtype, iterations, norm.eps), []).append(place)
-        # Tensors made in inference mode could not take part in training later.
-        with torch.inference_mode(False), torch.no_grad():
+        if torch.is_inference_mode_enabled():
+            # Tensors made in inference mode could not take part in training later.
+            with torch.inference_mode(False), torch.no_grad():
+                self._parts = [(chosen, self._run_batch(chosen, originals, *key)) for key, chosen in batches.items()]
+        else:
             self._parts = [(chosen, self._run_batch(chosen, originals, *key)) for key, chosen in batches.items()]
-        self._values = _gather(self._parts, len(originals))
         self._marks = [_mark(weight) for weight in originals]
-        self._outputs = None
+        self._values = self._outputs = None
 
     def _run_batch(self, chosen: Sequence[int], originals, device, dtype, iterations, eps):
         run = self._run.get((device, dtype))
         if run is None:
             call = dispatch.Call(device=device, dtype=dtype)
             run = self._run[device, dtype] = dispatch.select("spectral_advance", self.impl, call)
-        norms = [self._lists[i][0] for i in chosen]
+        norms = [self._norms[i] for i in chosen]
         return run(
             [originals[i] for i in chosen],
             [norm.dim for norm in norms],
-            [norm._u for norm in norms],
-            [norm._v for norm in norms],
+            [norm._buffers["_u"] for norm in norms],
+            [norm._buffers["_v"] for norm in norms],
             n_power_iterations=iterations,
             eps=eps,
         )
@@ -191,10 +218,12 @@ class SpectralNormGroup:
     def _read(self, place: int, weight: torch.Tensor) -> torch.Tensor:
         if self._parts is None or self._marks[place] != _mark(weight):
             self._normalise(advance=False)
-        if not (torch.is_grad_enabled() and weight.requires_grad):
+        if not (weight.requires_grad and torch.is_grad_enabled()):
+            if self._values is None:
+                self._values = _gather(self._parts, len(self._lists))
             return self._values[place]
         if self._outputs is None or not self._needed[place]:
-            originals = [parameters.original for parameters in self._lists]
+            originals = [parameters._original() for parameters in self._lists]
             self._needed = [original.requires_grad for original in originals]
             self._outputs = _Weights.apply(self._parts, self._names, *originals)
         return self._outputs[place]
@@ -204,6 +233,7 @@ class SpectralNormGroup:
         memo[id(self)] = other
         other.impl, other._names, other._run = self.impl, list(self._names), {}
         other._lists = copy.deepcopy(self._lists, memo)
+        other._norms = [parameters[0] for parameters in other._lists]
         other.invalidate()
         return other
 

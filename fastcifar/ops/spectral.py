@@ -175,21 +175,20 @@ def spectral_normalize(
 
 
 class Normalised:
-    """Normalised weights and all that their gradient needs.
-
-    `weights`, `us`, `vs` and `sigmas` are lists; v is in the order in which the weight lies in memory.
-    """
+    """Normalised weights and all that their gradient needs."""
 
     def __init__(self, layout: Layout, impl: str, normalised, vectors, sigmas):
         self._layout, self._impl = layout, impl
         self._held = normalised, vectors, sigmas
-        self.weights = layout.split_normalised(normalised)
-        self._sigmas = sigmas
 
     @property
     def sigmas(self) -> list[torch.Tensor]:
         """σ of every weight, []."""
-        return list(self._sigmas.unbind())
+        return list(self._held[2].unbind())
+
+    def split(self) -> list[torch.Tensor]:
+        """The normalised weights, a new view of each."""
+        return self._layout.split_normalised(self._held[0])
 
     def gradients(self, gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
         """dW = (dW̄ − ⟨dW̄, W̄⟩·u vᵀ)/σ for every dW̄ that is not None; shapes and dtypes of the weights."""
@@ -199,7 +198,6 @@ class Normalised:
         return _split_gradients(self._layout, gradients, result)
 
 
-@torch.no_grad()
 def advance(
     weights: Sequence[torch.Tensor],
     dims: Sequence[int],
@@ -211,9 +209,8 @@ def advance(
     impl: str,
 ) -> Normalised:
     """As `fastcifar.reference_spectral.advance`, by kernels; weights of one dtype."""
-    weights, layout = arrange(weights, dims)
+    with torch.no_grad():
+        weights, layout = arrange(weights, dims)
     results = _results(layout, weights[0], us[0].dtype)
     _NORMALIZE[impl](layout.table, weights, us, vs, us, vs, results, n_power_iterations, eps)
-    if n_power_iterations:
-        torch.autograd.graph.increment_version([*us, *vs])
     return Normalised(layout, impl, *results)

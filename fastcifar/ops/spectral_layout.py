@@ -54,7 +54,8 @@ class Layout:
 
     def split_normalised(self, normalised: torch.Tensor) -> list[torch.Tensor]:
         """The weights in a tensor of `normalised` elements, as views."""
-        return [normalised.as_strided(shape, strides, offset) for shape, strides, offset in self.views]
+        as_strided = normalised.as_strided
+        return [as_strided(*view) for view in self.views]
 
     def split_vectors(self, vectors: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The us and the vs in a tensor of `vectors` elements, as views."""
@@ -92,7 +93,7 @@ def _layout(key: tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]) -> La
     for shape, strides, dim in key:
         matrix = Matrix(*factor(shape, strides, dim), weight_offset, vector_offset)
         matrices.append(matrix)
-        views.append((shape, strides, weight_offset))
+        views.append((tuple(shape), strides, weight_offset))
         vector_views.append((matrix.rows, matrix.columns, vector_offset))
         weight_offset += -(-matrix.size // ALIGNMENT) * ALIGNMENT
         vector_offset += -(-(matrix.rows + matrix.columns) // ALIGNMENT) * ALIGNMENT
@@ -102,14 +103,12 @@ def _layout(key: tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]) -> La
 
 def arrange(weights: list[torch.Tensor], dims: list[int]) -> tuple[list[torch.Tensor], Layout]:
     """The weights, copied where their memory has gaps or an unusual order, and their layout."""
-    key = []
-    for index, (weight, dim) in enumerate(zip(weights, dims, strict=True)):
-        shape, strides = tuple(weight.shape), weight.stride()
+    key = [(weight.shape, weight.stride(), dim) for weight, dim in zip(weights, dims, strict=True)]
+    for index, (weight, (shape, strides, dim)) in enumerate(zip(weights, key, strict=True)):
         if not weight.is_contiguous() and factor(shape, strides, dim) is None:
             weights = [*weights]
             weights[index] = weight.contiguous()
-            strides = weights[index].stride()
-        key.append((shape, strides, dim))
+            key[index] = (shape, weights[index].stride(), dim)
     return weights, _layout(tuple(key))
 
 
