@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from fastcifar import native
-from fastcifar.ops.spectral_layout import Layout, arrange, dense
+from fastcifar.ops.spectral_layout import Layout, arrange, arrange_contiguous, dense
 
 _LIBRARY = torch.library.Library("fastcifar", "FRAGMENT")
 _LIBRARY.define(
@@ -23,7 +23,7 @@ _LIBRARY.define(
     "(Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
-    "spectral_gradient(Tensor?[] gradients, Tensor normalised, Tensor vectors, Tensor sigmas, int[] table, str impl) "
+    "spectral_gradient(Tensor?[] gradients, Tensor normalised, Tensor vectors, Tensor sigmas, SymInt[] table, str impl) "
     "-> Tensor"
 )
 
@@ -77,7 +77,7 @@ def _results(layout: Layout, like: torch.Tensor, dtype: torch.dtype) -> list[tor
     return [
         like.new_empty(layout.normalised),
         like.new_empty(layout.vectors, dtype=dtype),
-        like.new_empty(len(layout.matrices), dtype=dtype),
+        like.new_empty(len(layout.views), dtype=dtype),
     ]
 
 
@@ -104,7 +104,7 @@ for _key in ("CPU", "CUDA"):
 
 @torch.library.register_fake("fastcifar::spectral_normalize", lib=_LIBRARY)
 def _fake_normalize(weights, us, vs, n_power_iterations, eps, impl):
-    _, layout = arrange(weights, [0] * len(weights))
+    _, layout = arrange_contiguous(weights)
     normalised, vectors, sigmas = _results(layout, weights[0], us[0].dtype)
     return normalised, vectors, us[0].new_empty(layout.vectors if n_power_iterations else 0), sigmas
 
@@ -118,7 +118,11 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, n_power_iterations, eps, impl, *tensors):
         count = len(tensors) // 3
-        weights, layout = arrange(list(tensors[:count]), [0] * count)
+        weights = list(tensors[:count])
+        if torch.compiler.is_compiling():
+            weights, layout = arrange_contiguous(weights)
+        else:
+            weights, layout = arrange(weights, [0] * count)
         us, vs = tensors[count : 2 * count], tensors[2 * count :]
         normalised, vectors, advanced, sigmas = torch.ops.fastcifar.spectral_normalize(
             weights, us, vs, n_power_iterations, eps, impl
@@ -134,7 +138,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients):
-        count = len(ctx.layout.matrices)
+        count = len(ctx.layout.views)
         gradients = _dense_gradients(ctx.layout, gradients[:count])
         result = torch.ops.fastcifar.spectral_gradient(gradients, *ctx.saved_tensors, ctx.layout.table, ctx.impl)
         return None, None, None, *_split_gradients(ctx.layout, gradients, result), *[None] * (2 * count)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,44 +13,21 @@ import torch
 ALIGNMENT = 16
 
 
-class Matrix(NamedTuple):
-    """A dense weight as a matrix [rows, outer·inner] that lies in memory as [outer, rows, inner].
+class Layout(NamedTuple):
+    """A batch of dense weights as matrices, and the sizes of what holds their results.
 
-    Column m in memory order is column (m % q)·swap + m // q of the matrix, q = columns / swap (swap is 1 unless
-    the weight is channels-last). The offsets are into the tensors of `Layout`.
+    A weight is a matrix [rows, outer·inner] that lies in memory as [outer, rows, inner]. Column m in memory order is
+    column (m % q)·swap + m // q of the matrix, q = columns / swap (swap is 1 unless the weight is channels-last).
+    `table` holds (rows, outer, inner, swap, weight_offset, vector_offset) of every weight in a row, the offsets into
+    tensors of `normalised` elements (all W/σ) and `vectors` elements (all u and v, v in memory order). `views` are
+    (shape, strides, offset) of each normalised weight, `vector_views` (rows, columns, offset) of its vectors.
     """
 
-    rows: int
-    outer: int
-    inner: int
-    swap: int
-    weight_offset: int
-    vector_offset: int
-
-    @property
-    def columns(self) -> int:
-        return self.outer * self.inner
-
-    @property
-    def size(self) -> int:
-        return self.rows * self.outer * self.inner
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """The matrices of a batch of weights and the sizes of what holds their results.
-
-    `normalised` elements hold all W/σ, `vectors` all u and v (v in memory order); `views` are (shape, strides,
-    offset) of each normalised weight, `vector_views` (rows, columns, offset) of its vectors,
-    `table` holds the matrices' numbers in a row.
-    """
-
-    matrices: tuple[Matrix, ...]
+    table: tuple[int, ...]
     normalised: int
     vectors: int
     views: tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]
     vector_views: tuple[tuple[int, int, int], ...]
-    table: tuple[int, ...]
 
     def split_normalised(self, normalised: torch.Tensor) -> list[torch.Tensor]:
         """The weights in a tensor of `normalised` elements, as views."""
@@ -87,18 +64,25 @@ def factor(shape: tuple[int, ...], strides: tuple[int, ...], dim: int) -> tuple[
     return shape[dim], outer, inner, swap
 
 
+def _place(
+    views: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], factors: Sequence[tuple[int, int, int, int]]
+) -> Layout:
+    matrices, placed, vector_views, weight_offset, vector_offset = [], [], [], 0, 0
+    for (shape, strides), (rows, outer, inner, swap) in zip(views, factors, strict=True):
+        columns = outer * inner
+        matrices.append((rows, outer, inner, swap, weight_offset, vector_offset))
+        placed.append((shape, strides, weight_offset))
+        vector_views.append((rows, columns, vector_offset))
+        weight_offset = weight_offset + (rows * columns + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+        vector_offset = vector_offset + (rows + columns + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    table = tuple([number for matrix in matrices for number in matrix])
+    return Layout(table, weight_offset, vector_offset, tuple(placed), tuple(vector_views))
+
+
 @functools.lru_cache(maxsize=256)
-def _layout(key: tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]) -> Layout:
-    matrices, views, vector_views, weight_offset, vector_offset = [], [], [], 0, 0
-    for shape, strides, dim in key:
-        matrix = Matrix(*factor(shape, strides, dim), weight_offset, vector_offset)
-        matrices.append(matrix)
-        views.append((tuple(shape), strides, weight_offset))
-        vector_views.append((matrix.rows, matrix.columns, vector_offset))
-        weight_offset += -(-matrix.size // ALIGNMENT) * ALIGNMENT
-        vector_offset += -(-(matrix.rows + matrix.columns) // ALIGNMENT) * ALIGNMENT
-    table = tuple(number for matrix in matrices for number in matrix)
-    return Layout(tuple(matrices), weight_offset, vector_offset, tuple(views), tuple(vector_views), table)
+def _cached_layout(key: tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]) -> Layout:
+    views = [(tuple(shape), strides) for shape, strides, _ in key]
+    return _place(views, [factor(*view) for view in key])
 
 
 def arrange(weights: list[torch.Tensor], dims: list[int]) -> tuple[list[torch.Tensor], Layout]:
@@ -109,7 +93,14 @@ def arrange(weights: list[torch.Tensor], dims: list[int]) -> tuple[list[torch.Te
             weights = [*weights]
             weights[index] = weight.contiguous()
             key[index] = (shape, weights[index].stride(), dim)
-    return weights, _layout(tuple(key))
+    return weights, _cached_layout(tuple(key))
+
+
+def arrange_contiguous(weights: list[torch.Tensor]) -> tuple[list[torch.Tensor], Layout]:
+    """Contiguous weights (rows first) and their layout by arithmetic alone: compilers can trace it."""
+    weights = [weight.contiguous() for weight in weights]
+    views = [(weight.shape, weight.stride()) for weight in weights]
+    return weights, _place(views, [(weight.shape[0], 1, weight.numel() // weight.shape[0], 1) for weight in weights])
 
 
 def dense(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:

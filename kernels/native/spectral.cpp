@@ -22,12 +22,21 @@ namespace {
 // Below this many values in all, a second thread costs more than it saves.
 constexpr std::int64_t kParallelSize = 1 << 19;
 
+// Long sums are sums of short ones: rounding errors grow with the length of each.
+constexpr std::int64_t kBlock = 2048;
+constexpr std::int64_t kBlockRows = 64;
+
 template <class T>
 FASTCIFAR_INLINE T dot_of(const T* a, const T* b, std::int64_t size) {
-  T sum = 0;
+  double total = 0;
+  for (std::int64_t start = 0; start < size; start += kBlock) {
+    const std::int64_t end = std::min(start + kBlock, size);
+    T sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (std::int64_t i = 0; i < size; ++i) sum += a[i] * b[i];
-  return sum;
+    for (std::int64_t i = start; i < end; ++i) sum += a[i] * b[i];
+    total += sum;
+  }
+  return T(total);
 }
 
 // product[r] = Σ_c matrix[r, c]·vector[c], row-major, four rows at a time.
@@ -55,42 +64,54 @@ FASTCIFAR_INLINE void multiply_rows(const T* matrix, std::int64_t rows, std::int
     product[r] = (accumulate ? product[r] : T(0)) + dot_of(matrix + r * stride, vector, columns);
 }
 
-// product[c] = Σ_r matrix[r, c]·vector[r], row-major, four rows at a time.
+// product[c] = Σ_r matrix[r, c]·vector[r], row-major, four rows at a time; `part` [columns] holds a block's sum.
 template <class T>
-FASTCIFAR_INLINE void multiply_columns(const T* matrix, std::int64_t rows, std::int64_t columns, std::int64_t stride,
-                                       const T* vector, T* product, bool accumulate) {
-  if (!accumulate) std::fill_n(product, columns, T(0));
-  std::int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) {
-    const T *m0 = matrix + r * stride, *m1 = m0 + stride, *m2 = m1 + stride, *m3 = m2 + stride;
-    const T x0 = vector[r], x1 = vector[r + 1], x2 = vector[r + 2], x3 = vector[r + 3];
+FASTCIFAR_INLINE void multiply_columns(const T* matrix, std::int64_t rows, std::int64_t columns, const T* vector,
+                                       T* product, T* part) {
+  for (std::int64_t first = 0; first < rows; first += kBlockRows) {
+    const std::int64_t end = std::min(first + kBlockRows, rows);
+    T* sum = first == 0 ? product : part;
+    std::fill_n(sum, columns, T(0));
+    std::int64_t r = first;
+    for (; r + 4 <= end; r += 4) {
+      const T *m0 = matrix + r * columns, *m1 = m0 + columns, *m2 = m1 + columns, *m3 = m2 + columns;
+      const T x0 = vector[r], x1 = vector[r + 1], x2 = vector[r + 2], x3 = vector[r + 3];
 #pragma omp simd
-    for (std::int64_t c = 0; c < columns; ++c)
-      product[c] += (m0[c] * x0 + m1[c] * x1) + (m2[c] * x2 + m3[c] * x3);
-  }
-  for (; r < rows; ++r) {
-    const T* m = matrix + r * stride;
-    const T x = vector[r];
+      for (std::int64_t c = 0; c < columns; ++c) sum[c] += (m0[c] * x0 + m1[c] * x1) + (m2[c] * x2 + m3[c] * x3);
+    }
+    for (; r < end; ++r) {
+      const T* m = matrix + r * columns;
+      const T x = vector[r];
 #pragma omp simd
-    for (std::int64_t c = 0; c < columns; ++c) product[c] += m[c] * x;
+      for (std::int64_t c = 0; c < columns; ++c) sum[c] += m[c] * x;
+    }
+    if (first > 0)
+#pragma omp simd
+      for (std::int64_t c = 0; c < columns; ++c) product[c] += part[c];
   }
 }
 
 // t = W v
 template <class T>
-FASTCIFAR_INLINE void forward_product(const Matrix& m, const T* weight, const T* v, T* t) {
+FASTCIFAR_INLINE void forward_product(const Matrix& m, const T* weight, const T* v, T* t, T* part) {
   // [outer, rows] when inner is 1: the transpose lies row-major.
-  if (m.inner == 1) return multiply_columns(weight, m.outer, m.rows, m.rows, v, t, false);
+  if (m.inner == 1) return multiply_columns(weight, m.outer, m.rows, v, t, part);
   for (std::int64_t a = 0; a < m.outer; ++a)
-    multiply_rows(weight + a * m.rows * m.inner, m.rows, m.inner, m.inner, v + a * m.inner, t, a > 0);
+    for (std::int64_t c = 0; c < m.inner; c += kBlock)
+      multiply_rows(weight + a * m.rows * m.inner + c, m.rows, std::min(kBlock, m.inner - c), m.inner,
+                    v + a * m.inner + c, t, a > 0 || c > 0);
 }
 
 // s = Wᵀ u
 template <class T>
-FASTCIFAR_INLINE void backward_product(const Matrix& m, const T* weight, const T* u, T* s) {
-  if (m.inner == 1) return multiply_rows(weight, m.outer, m.rows, m.rows, u, s, false);
+FASTCIFAR_INLINE void backward_product(const Matrix& m, const T* weight, const T* u, T* s, T* part) {
+  if (m.inner == 1) {
+    for (std::int64_t r = 0; r < m.rows; r += kBlock)
+      multiply_rows(weight + r, m.outer, std::min(kBlock, m.rows - r), m.rows, u + r, s, r > 0);
+    return;
+  }
   for (std::int64_t a = 0; a < m.outer; ++a)
-    multiply_columns(weight + a * m.rows * m.inner, m.rows, m.inner, m.inner, u, s + a * m.inner, false);
+    multiply_columns(weight + a * m.rows * m.inner, m.rows, m.inner, u, s + a * m.inner, part);
 }
 
 // x / max(|x|, eps), as torch.nn.functional.normalize; returns |x|.
@@ -106,16 +127,17 @@ FASTCIFAR_INLINE T normalize_vector(T* x, std::int64_t size, T eps) {
 
 template <class T>
 FASTCIFAR_INLINE void normalize_matrix(const Matrix& m, const T* weight, T* u, T* v, int iterations, T eps,
-                                       T* normalised, T* t, T* sigma) {
+                                       T* normalised, T* scratch, T* sigma) {
   T value = 0;
+  T *t = scratch, *part = scratch + m.rows;
   if (iterations == 0) {
-    forward_product(m, weight, v, t);
+    forward_product(m, weight, v, t, part);
     value = dot_of(u, t, m.rows);
   }
   for (int i = 0; i < iterations; ++i) {
-    forward_product(m, weight, v, u);
+    forward_product(m, weight, v, u, part);
     normalize_vector(u, m.rows, eps);
-    backward_product(m, weight, u, v);
+    backward_product(m, weight, u, v, part);
     // σ = uᵀ W v = ⟨s, v⟩ for s = Wᵀ u and v = s/max(|s|, eps): no third product.
     const T norm = normalize_vector(v, m.columns(), eps);
     value = norm < eps ? norm * (norm / eps) : norm;
@@ -147,8 +169,8 @@ FASTCIFAR_INLINE void gradient_of(const Matrix& m, const T* gradient, const T* n
 
 #define FASTCIFAR_SPECTRAL(T)                                                                                        \
   FASTCIFAR_CLONES void normalize_one(const Matrix& m, const T* weight, T* u, T* v, int iterations, T eps,           \
-                                      T* normalised, T* t, T* sigma) {                                               \
-    normalize_matrix(m, weight, u, v, iterations, eps, normalised, t, sigma);                                        \
+                                      T* normalised, T* scratch, T* sigma) {                                         \
+    normalize_matrix(m, weight, u, v, iterations, eps, normalised, scratch, sigma);                                  \
   }                                                                                                                  \
   FASTCIFAR_CLONES void gradient_one(const Matrix& m, const T* gradient, const T* normalised, const T* u,            \
                                      const T* v, T sigma, T* result) {                                               \
@@ -186,6 +208,12 @@ std::vector<std::int64_t> by_size(const std::vector<Matrix>& matrices, std::int6
   return order;
 }
 
+// Results start at multiples of 16 elements; nothing between them is left undefined.
+template <class T>
+void fill_gap(T* start, std::int64_t size) {
+  std::fill(start + size, start + (size + 15) / 16 * 16, T(0));
+}
+
 template <class T>
 T* at(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -206,13 +234,12 @@ void normalize(const std::vector<Matrix>& matrices, const Operands& operands, in
     T* u = at<T>(operands.vectors) + m.vector_offset;
     T* v = u + m.rows;
     to_memory(m, at<const T>(operands.v[i]), v);
-    std::vector<T> scratch;
-    if (iterations == 0) {
-      std::copy_n(at<const T>(operands.u[i]), m.rows, u);
-      scratch.resize(m.rows);
-    }
+    std::vector<T> scratch(m.rows + std::max(m.rows, m.inner));
+    if (iterations == 0) std::copy_n(at<const T>(operands.u[i]), m.rows, u);
     normalize_one(m, at<const T>(operands.weights[i]), u, v, iterations, T(eps),
                   at<T>(operands.normalised) + m.weight_offset, scratch.data(), at<T>(operands.sigmas) + i);
+    fill_gap(u, m.rows + m.columns());
+    fill_gap(at<T>(operands.normalised) + m.weight_offset, m.size());
     if (iterations > 0) {
       std::copy_n(u, m.rows, at<T>(operands.u_out[i]));
       from_memory(m, v, at<T>(operands.v_out[i]));
@@ -234,6 +261,7 @@ void gradient(const std::vector<Matrix>& matrices, const std::vector<std::uintpt
     const T* u = vectors + m.vector_offset;
     gradient_one(m, at<const T>(gradients[i]), normalised + m.weight_offset, u, u + m.rows, sigmas[i],
                  result + m.weight_offset);
+    fill_gap(result + m.weight_offset, m.size());
   }
 }
 

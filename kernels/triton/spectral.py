@@ -62,6 +62,12 @@ def _divisor(squares, eps):
 
 
 @triton.jit
+def _padded(length):
+    """Up to where results are stored: a multiple of 16, so that nothing between them is left undefined."""
+    return (length + 15) // 16 * 16
+
+
+@triton.jit
 def _logical(column, columns, swap):
     """The matrix's column at a place in memory order."""
     turns = columns // swap
@@ -176,7 +182,8 @@ def spectral_apply_kernel(
         sigma = tl.sum(total, 0)
     if first == 0:
         tl.store(sigmas_ptr + layer, sigma)
-        for start in range(0, columns, NORM_BLOCK):
+        padded = _padded(rows + columns) - rows
+        for start in range(0, padded, NORM_BLOCK):
             column = start + tl.arange(0, NORM_BLOCK)
             ok = column < columns
             logical = _logical(column, columns, swap)
@@ -185,7 +192,7 @@ def spectral_apply_kernel(
                 tl.store(new_v_ptr + logical, v, mask=ok)
             else:
                 v = tl.load(v_ptr + logical, mask=ok, other=0.0)
-            tl.store(vectors_ptr + rows + column, v, mask=ok)
+            tl.store(vectors_ptr + rows + column, v, mask=column < padded)
     normalised_ptr += tl.multiple_of(_offset(table_ptr, layer, _WEIGHT_OFFSET), 16)
     inverse = tl.div_rn(1.0, sigma)
     first = tl.multiple_of(first, 16)
@@ -198,7 +205,7 @@ def spectral_apply_kernel(
         tl.store(normalised_ptr + place, (weight * inverse).to(DTYPE))
     place = full + tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + place, mask=place < end, other=0.0).to(tl.float32)
-    tl.store(normalised_ptr + place, (weight * inverse).to(DTYPE), mask=place < end)
+    tl.store(normalised_ptr + place, (weight * inverse).to(DTYPE), mask=place < _padded(end))
 
 
 @triton.jit
@@ -249,4 +256,4 @@ def spectral_gradient_kernel(
     place = full + tl.arange(0, BLOCK)
     product = _rank_one(vectors_ptr, place, place < end, rows, inner)
     gradient = tl.load(gradient_ptr + place, mask=place < end, other=0.0).to(tl.float32)
-    tl.store(result_ptr + place, (gradient * inverse - scale * product).to(DTYPE), mask=place < end)
+    tl.store(result_ptr + place, (gradient * inverse - scale * product).to(DTYPE), mask=place < _padded(end))
