@@ -113,7 +113,7 @@ class SpectralNormGroup:
         self.impl = impl
         self._names: list[str] = []
         self._lists: list[_GroupedList] = []
-        self._norms: list[SpectralNorm] = []
+        self._norms: list[SpectralNorm] | None = []
         for prefix, module in model.named_modules():
             if parametrize.is_parametrized(module):
                 for name, parameters in module.parametrizations.items():
@@ -150,7 +150,8 @@ class SpectralNormGroup:
 
     def _drop(self, norm: SpectralNorm) -> None:
         place = norm._place
-        del self._names[place], self._lists[place], self._norms[place]
+        del self._names[place], self._lists[place]
+        self._norms = [parameters[0] for parameters in self._lists]
         for place, other in enumerate(self._norms):
             other._place = place
         self.invalidate()
@@ -186,6 +187,8 @@ class SpectralNormGroup:
         self._marks: list[tuple] = []
 
     def _normalise(self, *, advance: bool) -> None:
+        if self._norms is None:
+            self._norms = [parameters[0] for parameters in self._lists]
         originals = [parameters._original() for parameters in self._lists]
         batches: dict[tuple, list[int]] = {}
         for place, (weight, norm) in enumerate(zip(originals, self._norms, strict=True)):
@@ -233,7 +236,8 @@ class SpectralNormGroup:
         memo[id(self)] = other
         other.impl, other._names, other._run = self.impl, list(self._names), {}
         other._lists = copy.deepcopy(self._lists, memo)
-        other._norms = [parameters[0] for parameters in other._lists]
+        # The lists may be half made: copies of a model and its group refer to each other.
+        other._norms = None
         other.invalidate()
         return other
 

@@ -23,8 +23,8 @@ _LIBRARY.define(
     "(Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
-    "spectral_gradient(Tensor?[] gradients, Tensor normalised, Tensor vectors, Tensor sigmas, SymInt[] table, str impl) "
-    "-> Tensor"
+    "spectral_gradient(Tensor?[] gradients, Tensor normalised, Tensor vectors, Tensor sigmas, SymInt[] table, "
+    "str impl) -> Tensor"
 )
 
 
@@ -84,7 +84,7 @@ def _results(layout: Layout, like: torch.Tensor, dtype: torch.dtype) -> list[tor
 def _normalize(weights, us, vs, n_power_iterations, eps, impl):
     weights, layout = arrange(weights, [0] * len(weights))
     results = _results(layout, weights[0], us[0].dtype)
-    advanced = us[0].new_empty(layout.vectors if n_power_iterations else 0)
+    advanced = layout.advanced(us[0]) if n_power_iterations else us[0].new_empty(0)
     new_us, new_vs = layout.split_vectors(advanced) if n_power_iterations else (us, vs)
     _NORMALIZE[impl](layout.table, weights, us, vs, new_us, new_vs, results, n_power_iterations, eps)
     normalised, vectors, sigmas = results
@@ -106,7 +106,7 @@ for _key in ("CPU", "CUDA"):
 def _fake_normalize(weights, us, vs, n_power_iterations, eps, impl):
     _, layout = arrange_contiguous(weights)
     normalised, vectors, sigmas = _results(layout, weights[0], us[0].dtype)
-    return normalised, vectors, us[0].new_empty(layout.vectors if n_power_iterations else 0), sigmas
+    return normalised, vectors, layout.advanced(us[0]) if n_power_iterations else us[0].new_empty(0), sigmas
 
 
 @torch.library.register_fake("fastcifar::spectral_gradient", lib=_LIBRARY)

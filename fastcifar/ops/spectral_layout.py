@@ -20,14 +20,14 @@ class Layout(NamedTuple):
     column (m % q)·swap + m // q of the matrix, q = columns / swap (swap is 1 unless the weight is channels-last).
     `table` holds (rows, outer, inner, swap, weight_offset, vector_offset) of every weight in a row, the offsets into
     tensors of `normalised` elements (all W/σ) and `vectors` elements (all u and v, v in memory order). `views` are
-    (shape, strides, offset) of each normalised weight, `vector_views` (rows, columns, offset) of its vectors.
+    (shape, strides, offset) of each normalised weight, `lengths` those of its u and v.
     """
 
     table: tuple[int, ...]
     normalised: int
     vectors: int
     views: tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]
-    vector_views: tuple[tuple[int, int, int], ...]
+    lengths: tuple[tuple[int, int], ...]
 
     def split_normalised(self, normalised: torch.Tensor) -> list[torch.Tensor]:
         """The weights in a tensor of `normalised` elements, as views."""
@@ -35,10 +35,14 @@ class Layout(NamedTuple):
         return [as_strided(*view) for view in self.views]
 
     def split_vectors(self, vectors: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The us and the vs in a tensor of `vectors` elements, as views."""
-        us = [vectors[offset : offset + rows] for rows, _, offset in self.vector_views]
-        vs = [vectors[offset + rows : offset + rows + columns] for rows, columns, offset in self.vector_views]
-        return us, vs
+        """The us and the vs, as views, in a tensor that holds all us, then all vs, without gaps."""
+        sizes = [rows for rows, _ in self.lengths] + [columns for _, columns in self.lengths]
+        views = vectors.split(sizes)
+        return list(views[: len(self.lengths)]), list(views[len(self.lengths) :])
+
+    def advanced(self, like: torch.Tensor) -> torch.Tensor:
+        """An empty tensor for `split_vectors`."""
+        return like.new_empty(sum([rows + columns for rows, columns in self.lengths]))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -67,16 +71,16 @@ def factor(shape: tuple[int, ...], strides: tuple[int, ...], dim: int) -> tuple[
 def _place(
     views: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], factors: Sequence[tuple[int, int, int, int]]
 ) -> Layout:
-    matrices, placed, vector_views, weight_offset, vector_offset = [], [], [], 0, 0
+    matrices, placed, lengths, weight_offset, vector_offset = [], [], [], 0, 0
     for (shape, strides), (rows, outer, inner, swap) in zip(views, factors, strict=True):
         columns = outer * inner
         matrices.append((rows, outer, inner, swap, weight_offset, vector_offset))
         placed.append((shape, strides, weight_offset))
-        vector_views.append((rows, columns, vector_offset))
+        lengths.append((rows, columns))
         weight_offset = weight_offset + (rows * columns + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
         vector_offset = vector_offset + (rows + columns + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
     table = tuple([number for matrix in matrices for number in matrix])
-    return Layout(table, weight_offset, vector_offset, tuple(placed), tuple(vector_views))
+    return Layout(table, weight_offset, vector_offset, tuple(placed), tuple(lengths))
 
 
 @functools.lru_cache(maxsize=256)
