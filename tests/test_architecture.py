@@ -12,6 +12,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGES = ("fastcifar", "kernels", "benchmarks")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 MAX_FILE, MAX_FUNCTION = 350, 50
+# A kernel's address arithmetic cannot be shared with the next one's.
+MAX_KERNEL = 80
 
 # Each layer may import those below it; the ground is open to all.
 LAYERS = [
@@ -25,12 +27,8 @@ LAYERS = [
 ]
 GROUND = {"validation", "native", "profiling"}
 # dispatch chooses for functional and loads what it chose; the package's own file lists names that it loads lazily.
-<<<<<<< HEAD
 ABOVE_ITS_PLACE = {("dispatch", "ops"), ("dispatch", "reference"), ("dispatch", "reference_aw_hinge")}
-=======
-ABOVE_ITS_PLACE = {("dispatch", "ops"), ("dispatch", "reference")}
 ABOVE_ITS_PLACE |= {("native", "kernels")}  # the compiled module is one of the kernels, and native finds it
->>>>>>> static
 DISPATCH_USERS = {"functional", "nn", "training", "doctor", "fuse", "fusing", "ops", "benchmarks"}
 
 
@@ -138,12 +136,13 @@ def long_file(text):
 
 
 def long_functions(tree):
-    """Functions of more than MAX_FUNCTION lines, not counting signature and docstring."""
+    """Functions of more than MAX_FUNCTION (kernels: MAX_KERNEL) lines, not counting signature and docstring."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
             length = node.end_lineno - body[0].lineno + 1
-            if length > MAX_FUNCTION:
+            is_kernel = any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+            if length > (MAX_KERNEL if is_kernel else MAX_FUNCTION):
                 yield f"{node.name}: {length} lines"
 
 
@@ -211,7 +210,8 @@ def names(path):
 def test_a_file_keeps_the_house_rules(path):
     tree, module = tree_of(path), module_name(path)
     problems = [*long_file(path.read_text(encoding="utf-8")), *long_functions(tree), *forbidden_calls(tree)]
-    problems += [f"{name} has no docstring" for name in missing_docstrings(tree)]
+    if not path.name.startswith("test_"):
+        problems += [f"{name} has no docstring" for name in missing_docstrings(tree)]
     importer, in_benchmarks = part_of(module), module.split(".")[0] == "benchmarks"
     for imported in imports(tree, module, path.name == "__init__.py"):
         if imported.split(".")[0] == "kernels":
@@ -275,8 +275,20 @@ def test_the_order_can_be_broken(importer, imported):
         "import pickle\nclass Anything(pickle.Unpickler):\n    pass",
         "exec('1')",
     ],
-    ids=["pickle", "torch.load", "eval", "system", "shell", "yaml", "atomic", "fast_math", "loads", "Unpickler",
-         "subclass", "exec"],
+    ids=[
+        "pickle",
+        "torch.load",
+        "eval",
+        "system",
+        "shell",
+        "yaml",
+        "atomic",
+        "fast_math",
+        "loads",
+        "Unpickler",
+        "subclass",
+        "exec",
+    ],
 )
 def test_forbidden_calls_are_seen(source):
     assert list(forbidden_calls(ast.parse(source)))
