@@ -17,14 +17,18 @@ try:
 except _metadata.PackageNotFoundError:
     __version__ = "0.1.0"
 
-_SUBMODULES = ("data", "dispatch", "functional", "models", "native", "nn", "reference", "training")
+_SUBMODULES = ("data", "dispatch", "functional", "fuse", "models", "native", "nn", "reference", "training")
 
-__all__ = ["__version__", *_SUBMODULES]
+_FUNCTIONS = {"unfuse": "fuse"}
+
+__all__ = ["__version__", *_SUBMODULES, *_FUNCTIONS]
 
 
 def __getattr__(name: str):
     if name in _SUBMODULES:
         return importlib.import_module(f"fastcifar.{name}")
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f"fastcifar.{_FUNCTIONS[name]}"), name)
     raise AttributeError(f"module 'fastcifar' has no attribute {name!r}")
 
 

@@ -67,6 +67,18 @@ def _triton_depthwise() -> Callable:
     return depthwise.depthwise_conv_bn_act
 
 
+def _native_depthwise() -> Callable:
+    from fastcifar.ops import depthwise_native
+
+    return depthwise_native.depthwise_conv_bn_act
+
+
+def _native_batch_norm_act() -> Callable:
+    from fastcifar.ops import batch_norm_native
+
+    return batch_norm_native.batch_norm_act
+
+
 _LOW_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -94,6 +106,17 @@ def _triton_depthwise_obstacle(call: Call) -> str | None:
 
 def _triton_reluctance(call: Call) -> str | None:
     return "Triton's interpreter is for tests" if call.device.type == "cpu" else None
+
+
+def _native_obstacle(call: Call) -> str | None:
+    """What the compiled CPU core needs."""
+    from fastcifar import native
+
+    if call.device.type != "cpu":
+        return f"the compiled core runs on CPU tensors, not on {call.device.type}"
+    if call.dtype not in _LOW_AND_SINGLE:
+        return f"the compiled core computes float32, float16 and bfloat16, not {_name(call.dtype)}"
+    return native.why_not()
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -171,9 +194,11 @@ _OPERATORS: dict[str, list[Implementation]] = {
             _triton_depthwise_obstacle,
             _triton_reluctance,
         ),
+        Implementation("native", _native_depthwise, _native_obstacle),
         Implementation("reference", _reference_depthwise, _always),
     ],
     "batch_norm_act": [
+        Implementation("native", _native_batch_norm_act, _native_obstacle),
         Implementation("reference", _reference_batch_norm_act, _always),
     ],
     # Three phases between two backward passes: what loads is a module with all of them.
@@ -211,7 +236,6 @@ def select(operator: str, impl: str, call: Call) -> Any:
     raise AssertionError(name)
 
 
-@torch.compiler.assume_constant_result
 def _choose(
     operator: str,
     impl: str,
@@ -235,6 +259,10 @@ def _choose(
             return impl
     names = ", ".join(i.name for i in available)
     raise ValueError(f'{operator}: has no implementation "{impl}" (it has: {names})')
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import the compiler, and Triton with it.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def explain(operator: str | None = None, call: Call | None = None) -> str:

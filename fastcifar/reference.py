@@ -11,18 +11,21 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 
-def activate(y: torch.Tensor, activation: str, negative_slope: float = 0.01) -> torch.Tensor:
+def activate(
+    y: torch.Tensor, activation: str, negative_slope: float = 0.01, *, inplace: bool = False
+) -> torch.Tensor:
     """Applies the activation of that name to a tensor of any shape; `negative_slope` serves leaky_relu only."""
     if activation == "none":
         return y
     if activation == "leaky_relu":
-        return F.leaky_relu(y, negative_slope)
-    return {"relu": F.relu, "relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish}[activation](y)
+        return F.leaky_relu(y, negative_slope, inplace)
+    return {"relu": F.relu, "relu6": F.relu6, "silu": F.silu, "hardswish": F.hardswish}[activation](y, inplace)
 
 
 def _activate_fresh(y: torch.Tensor, activation: str, negative_slope: float) -> torch.Tensor:
-    """`activate` for a tensor that nobody else holds and whose maker's backward does not read: ReLU in place."""
-    return y.relu_() if activation == "relu" else activate(y, activation, negative_slope)
+    """`activate` for a tensor that nobody else holds and whose maker's backward does not read: in place, unless the
+    activation's own backward would need a copy."""
+    return activate(y, activation, negative_slope, inplace=activation in ("relu", "relu6") or not y.requires_grad)
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -143,4 +146,4 @@ def batch_norm_act(
         eps=eps,
         process_group=process_group,
     )
-    return _activate_fresh(y if residual is None else y + residual, activation, negative_slope)
+    return _activate_fresh(y if residual is None else y.add_(residual), activation, negative_slope)

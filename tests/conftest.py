@@ -21,6 +21,15 @@ def cifar_folder() -> pathlib.Path:
     return pathlib.Path(folder)
 
 
+@pytest.fixture
+def one_thread():
+    """For layers this small, several threads wait more for each other than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_collection_modifyitems(items):
     """GPU tests are skipped, with the reason, where there is no GPU."""
     if torch.cuda.is_available():

@@ -9,6 +9,8 @@ from torch.nn.utils import parametrizations
 from fastcifar import dispatch, reference_spectral
 from fastcifar.functional import spectral_normalize
 
+# For layers this small, several threads wait more for each other than they work.
+pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ("W/σ", "u", "v", "σ", "dW")
 
 

@@ -12,6 +12,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 from fastcifar.nn import SpectralNormGroup, spectral_norm
 
+# For layers this small, several threads wait more for each other than they work.
+pytestmark = pytest.mark.usefixtures("one_thread")
 torch_spectral_norm = parametrizations.spectral_norm
 
 

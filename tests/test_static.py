@@ -202,7 +202,9 @@ def test_one_case_of_each_of_our_kernels_passes(our_modules):
 
 @needs_triton
 def test_the_stored_report_is_of_these_kernels_and_passes(our_modules):
-    stored = json.loads((reporting.RESULTS / "static.json").read_text())
+    place = reporting.RESULTS / "static.json"
+    assert place.exists(), "no stored report: run `python -m benchmarks.static` and keep its JSON"
+    stored = json.loads(place.read_text())
     assert static.failures(stored["rows"]) == []
     assert set(stored["capabilities"]) >= set(static.CAPABILITIES)
     if stored["triton"] != importlib.metadata.version("triton"):

@@ -1,6 +1,8 @@
 #include <nanobind/nanobind.h>
 
 #include "allocator.h"
+#include "batch_norm_bindings.h"
+#include "depthwise_bindings.h"
 #include "aw_hinge_bindings.h"
 #include "spectral_bindings.h"
 
@@ -32,6 +34,8 @@ NB_MODULE(_native, m) {
   m.doc() = "Compiled part of fastcifar.";
   m.def("tune_allocator", &fastcifar::tune_allocator);
   m.def("build_info", &build_info);
+  bind_depthwise(m);
+  bind_batch_norm(m);
   bind_aw_hinge(m);
   bind_spectral(m);
 }

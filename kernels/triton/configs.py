@@ -44,15 +44,15 @@ def vector_width(element_size: int, channels: int) -> int:
 
 
 def default(operation: str, element_size: int, kernel_size: int, channels: int, width: int) -> Tile:
-    """A tile for any shape: 8-byte loads, 128 threads, as many channels as give whole 64-byte sectors."""
+    """A tile for any shape: 128 threads, 8-byte loads (4 for 16-bit 7×7), channels that fill whole 64-byte sectors."""
     vector = 8 // element_size
+    if kernel_size == 7:
+        vector = 2  # 49 weights for each channel of a thread: four channels' would spill
     block_c = 16
     while block_c < min(channels, 16 * vector):
         block_c *= 2
     warps = 4
-    # The single-pass gradients hold 40 values for each element: half as many elements a thread.
-    elements = vector if operation != "gradients" else min(vector, 2)
-    block_p = max(1, 32 * warps * elements // block_c)
+    block_p = max(1, 32 * warps * vector // block_c)
     columns = 2 if kernel_size == 3 and operation in ("statistics", "apply", "reduce") and width > 2 else 1
     return Tile(columns=columns, block_p=block_p, block_c=block_c, rows=32, num_warps=warps)
 

@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 from . import configs, depthwise_backward, depthwise_forward, statistics
 
 TYPES = {"fp32": 4, "fp16": 2, "bf16": 2}
+# Kernel sizes and their strides by dtype: bf16 differs from fp16 in conversions only.
+_SIZES = {"fp32": {3: (1, 2), 5: (1, 2), 7: (1, 2)}, "fp16": {3: (1, 2), 5: (1, 2), 7: (1, 2)}, "bf16": {3: (1, 2)}}
 
 
 class Case(NamedTuple):
     """One compilation.
 
     `types` names each run-time argument's type, `constants` each compile-time argument's value, `aligned` the
-    arguments that are known to be multiples of 16 (bytes, for pointers); `wide` says that global memory must be
-    accessed in pieces of at least 8 bytes a thread.
+    arguments that are multiples of 16 (bytes, for pointers), `wide` the pointers that must be accessed in pieces of
+    at least 8 bytes a thread.
     """
 
     label: str
@@ -24,7 +26,7 @@ class Case(NamedTuple):
     constants: dict[str, Any]
     aligned: tuple[str, ...]
     num_warps: int
-    wide: bool
+    wide: tuple[str, ...]
 
 
 _VECTORS = (
@@ -56,8 +58,11 @@ def _types(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]
 
 
 def _case(label, kernel, dtype, constants, warps, *, wide=True, **types) -> Case:
+    wide = wide and not (constants.get("KERNEL_H") == 7 and TYPES[dtype] == 2)
     found = {**_types(kernel, dtype, constants), **types}
-    return Case(label, kernel, found, constants, tuple(n for n in found if n.endswith("_ptr")), warps, wide)
+    pointers = tuple(name for name in found if name.endswith("_ptr"))
+    tensors = tuple(name for name in ("x_ptr", "z_ptr", "dz_ptr", "dy_ptr", "dx_ptr") if name in found)
+    return Case(label, kernel, found, constants, pointers, warps, tensors if wide else ())
 
 
 def _tiles(operation: str, size: int, kernel_size: int) -> set[configs.Tile]:
@@ -73,8 +78,8 @@ def _tiles(operation: str, size: int, kernel_size: int) -> set[configs.Tile]:
 def _walks(dtype: str) -> Iterator[Case]:
     """F1, F3, B1 and the stored dy, for all kernel sizes and strides."""
     size = TYPES[dtype]
-    for kernel_size in (3, 5, 7):
-        for stride in (1, 2):
+    for kernel_size, strides in _SIZES[dtype].items():
+        for stride in strides:
             sizes = {"STRIDE_H": stride, "STRIDE_W": stride, "STEP_H": stride, "STEP_W": stride}
             sizes |= {"KERNEL_H": kernel_size, "KERNEL_W": kernel_size, "VECTOR": 8 // size}
             for operation, kernel in (
@@ -107,9 +112,9 @@ def _gradients(dtype: str) -> Iterator[Case]:
         constants |= {"NEED_DX": True, "NEED_DW": True}
         label = f"gradients 3×3 s1 {dtype} {tuple(tile)}"
         kernel = depthwise_backward.depthwise_gradients_kernel
-        yield _case(label, kernel, dtype, constants, tile.num_warps, wide=size == 4)
-    for kernel_size in (3, 5, 7):
-        for stride in (1, 2):
+        yield _case(label, kernel, dtype, constants, tile.num_warps)
+    for kernel_size, strides in _SIZES[dtype].items():
+        for stride in strides:
             if kernel_size == 3 and stride == 1:
                 continue
             sizes = {"STRIDE_H": stride, "STRIDE_W": stride, "KERNEL_H": kernel_size, "KERNEL_W": kernel_size}
@@ -124,7 +129,7 @@ def _gradients(dtype: str) -> Iterator[Case]:
 
 
 def static_cases() -> Iterator[Case]:
-    """All depthwise kernels: three kernel sizes, two strides, three dtypes, all tiles."""
+    """All depthwise kernels over kernel sizes, strides, dtypes and tiles."""
     for dtype in TYPES:
         yield from _walks(dtype)
         yield from _gradients(dtype)

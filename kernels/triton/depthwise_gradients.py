@@ -9,8 +9,9 @@ from . import depthwise_backward as kernels
 from .depthwise_launch import Problem, Walk, dense_channels_last, empty_channels_last, walk_arguments
 from .statistics import sum_partials
 
-# Output pixels that one program of the dw kernel sums; fewer where there would be too few programs.
-_CHUNK = 4096
+# Output pixels that one program of the dw kernel sums: many where there are many, so that programs stay few enough for
+# cheap partials, and never so few that the partials outweigh the tensors.
+_LEAST_CHUNK, _CHUNK = 256, 4096
 
 
 class Backward:
@@ -124,7 +125,7 @@ class Backward:
         problem, tile = self.problem, self.problem.tile("dw")
         batch, channels = problem.x.shape[:2]
         pixels = batch * problem.out_size[0] * problem.out_size[1]
-        chunk = max(tile.block_p, min(_CHUNK, triton.next_power_of_2(triton.cdiv(pixels, 512))))
+        chunk = max(_LEAST_CHUNK, min(_CHUNK, triton.next_power_of_2(triton.cdiv(pixels, 512))))
         parts, taps = triton.cdiv(pixels, chunk), problem.kernel_size[0] * problem.kernel_size[1]
         partial = torch.empty(parts, taps, channels, dtype=torch.float32, device=dy.device)
         programs = parts * triton.cdiv(channels, tile.block_c) * problem.kernel_size[0]

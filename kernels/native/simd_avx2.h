@@ -1,0 +1,79 @@
+#pragma once
+
+#include <immintrin.h>
+
+#include "storage.h"
+
+namespace fastcifar {
+namespace FASTCIFAR_ISA {
+namespace {
+
+struct Vec {
+  static constexpr int lanes = 8;
+  __m256 v;
+};
+struct Mask {
+  __m256 m;
+};
+
+FASTCIFAR_INLINE Vec zero() { return {_mm256_setzero_ps()}; }
+FASTCIFAR_INLINE Vec set(float s) { return {_mm256_set1_ps(s)}; }
+FASTCIFAR_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+FASTCIFAR_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+FASTCIFAR_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+FASTCIFAR_INLINE Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+FASTCIFAR_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+FASTCIFAR_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+FASTCIFAR_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+FASTCIFAR_INLINE Mask greater(Vec a, Vec b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)}; }
+FASTCIFAR_INLINE Vec select(Mask m, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, m.m)}; }
+FASTCIFAR_INLINE Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+FASTCIFAR_INLINE Vec scale_by_power(Vec a, Vec n) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+  return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)))};
+}
+
+FASTCIFAR_INLINE __m256 widen_bfloat16(__m128i bits) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+FASTCIFAR_INLINE __m128i narrow_bfloat16(__m256 v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+  const __m256i kept = _mm256_castps_si256(
+      _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), nan));
+  const __m256i high = _mm256_srli_epi32(kept, 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+}
+
+FASTCIFAR_INLINE __m128i narrow_float16(__m256 v) {
+  return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+FASTCIFAR_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+FASTCIFAR_INLINE Vec load(const BFloat16* p) { return {widen_bfloat16(_mm_loadu_si128((const __m128i*)p))}; }
+FASTCIFAR_INLINE Vec load(const Float16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}; }
+FASTCIFAR_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+FASTCIFAR_INLINE void store(BFloat16* p, Vec a) { _mm_storeu_si128((__m128i*)p, narrow_bfloat16(a.v)); }
+FASTCIFAR_INLINE void store(Float16* p, Vec a) { _mm_storeu_si128((__m128i*)p, narrow_float16(a.v)); }
+
+template <class T>
+FASTCIFAR_INLINE Vec load_first(const T* p, int n) {
+  T lanes[Vec::lanes] = {};
+  for (int i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+
+template <class T>
+FASTCIFAR_INLINE void store_first(T* p, Vec a, int n) {
+  T lanes[Vec::lanes];
+  store(lanes, a);
+  for (int i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+}  // namespace
+}  // namespace FASTCIFAR_ISA
+}  // namespace fastcifar
