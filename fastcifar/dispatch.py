@@ -6,6 +6,7 @@ why it cannot; `impl="auto"` takes the first that can and would, a named `impl` 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -155,6 +156,42 @@ def _load_reference_aw_hinge() -> ModuleType:
     return reference_aw_hinge
 
 
+def _native_spectral_obstacle(call: Call) -> str | None:
+    from fastcifar import native
+
+    if call.device.type != "cpu":
+        return f"the compiled module normalises weights on the CPU, not on {call.device.type}"
+    if call.dtype not in (torch.float32, torch.float64):
+        return f"the compiled module normalises float32 and float64 weights, not {_name(call.dtype)}"
+    return native.why_not()
+
+
+def _kernel_spectral(function: str, impl: str) -> Callable[[], Callable]:
+    def load() -> Callable:
+        from fastcifar.ops import spectral
+
+        return functools.partial(getattr(spectral, function), impl=impl)
+
+    return load
+
+
+def _reference_spectral(function: str) -> Callable[[], Callable]:
+    def load() -> Callable:
+        from fastcifar import reference_spectral
+
+        return getattr(reference_spectral, function)
+
+    return load
+
+
+def _spectral(function: str) -> list[Implementation]:
+    return [
+        Implementation("triton", _kernel_spectral(function, "triton"), _triton_obstacle, _triton_reluctance),
+        Implementation("native", _kernel_spectral(function, "native"), _native_spectral_obstacle),
+        Implementation("reference", _reference_spectral(function), _always),
+    ]
+
+
 _OPERATORS: dict[str, list[Implementation]] = {
     "depthwise_conv_bn_act": [
         Implementation(
@@ -176,6 +213,9 @@ _OPERATORS: dict[str, list[Implementation]] = {
         Implementation("native", _load_aw_hinge, _no_native_aw_hinge),
         Implementation("reference", _load_reference_aw_hinge, _always),
     ],
+    "spectral_normalize": _spectral("spectral_normalize"),
+    # The same with u and v written in place, for `SpectralNormGroup`.
+    "spectral_advance": _spectral("advance"),
 }
 
 

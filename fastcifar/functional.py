@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
@@ -195,3 +197,60 @@ def batch_norm_act(
         eps=eps,
         process_group=process_group,
     )
+
+
+def spectral_normalize(
+    weights: Sequence[torch.Tensor],
+    us: Sequence[torch.Tensor],
+    vs: Sequence[torch.Tensor],
+    *,
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    impl: str = "auto",
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """Spectral normalisation of many weights at once, whatever their number and shapes.
+
+    Each weight is a matrix W [H, W'] = `weight.flatten(1)`. A power iteration is u ← W v/|W v|, v ← Wᵀu/|Wᵀu| (norms
+    at least `eps`, as in `F.normalize`); then σ = uᵀW v and the result is W/σ, as
+    `torch.nn.utils.parametrizations.spectral_norm` has it. Differentiable with respect to the weights, u and v are
+    constants: dW = (dW̄ − ⟨dW̄, W/σ⟩·u vᵀ)/σ. Autocast does not apply.
+
+    Args:
+        weights: each [H, …] of at least two dimensions, floating point, any strides; all on one device. Rows that lie
+            along another dimension come to the front by `weight.movedim(dim, 0)`.
+        us: [H] for each weight, in float32 (float64 for float64 weights).
+        vs: [W'] for each weight, likewise.
+        n_power_iterations: 0 takes u and v as they are.
+        eps: the least norm that u and v are divided by.
+        impl: "auto" takes the best implementation that can run; a name ("triton", "native", "reference") runs that
+            one or raises.
+
+    Returns:
+        Lists of W/σ (shapes and dtypes of the weights), u, v (new tensors where iterated) and σ ([]).
+
+    Raises:
+        ValueError: lists of different lengths, shapes or devices that do not fit, options out of range.
+        TypeError: something that is no tensor, or of the wrong dtype.
+        RuntimeError: the named `impl` cannot run this call.
+
+    Source: Miyato et al., Spectral Normalization for Generative Adversarial Networks, 2018, algorithm 1.
+    """
+    name = "spectral_normalize"
+    validation.check_implementation(name, impl)
+    weights, us, vs = list(weights), list(us), list(vs)
+    validation.check_spectral(name, weights, us, vs, n_power_iterations=n_power_iterations, eps=eps)
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for index, weight in enumerate(weights):
+        by_dtype.setdefault(weight.dtype, []).append(index)
+    results = tuple([None] * len(weights) for _ in range(4))
+    for dtype, chosen in by_dtype.items():
+        run = dispatch.select(name, impl, dispatch.Call(device=weights[0].device, dtype=dtype))
+        parts = run(
+            *([values[i] for i in chosen] for values in (weights, us, vs)),
+            n_power_iterations=n_power_iterations,
+            eps=eps,
+        )
+        for whole, part in zip(results, parts, strict=True):
+            for index, value in zip(chosen, part, strict=True):
+                whole[index] = value
+    return results

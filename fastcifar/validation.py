@@ -176,3 +176,50 @@ def check_depthwise(
             f"{tuple(x.shape[2:])} with padding {padding}; enlarge the padding or the input"
         )
     return size
+
+
+def check_spectral(
+    operator: str,
+    weights: Sequence[torch.Tensor],
+    us: Sequence[torch.Tensor],
+    vs: Sequence[torch.Tensor],
+    *,
+    n_power_iterations: int,
+    eps: float,
+) -> None:
+    """Weights and their singular vectors, one of each a layer."""
+    if not len(weights) == len(us) == len(vs) > 0:
+        raise ValueError(
+            f"{operator}: weights, us and vs must have one tensor each a layer, got {len(weights)}, {len(us)} and "
+            f"{len(vs)}"
+        )
+    iterations_ok = isinstance(n_power_iterations, int) and not isinstance(n_power_iterations, bool)
+    if not iterations_ok or n_power_iterations < 0:
+        raise ValueError(f"{operator}: n_power_iterations must be an int ≥ 0, got {n_power_iterations!r}")
+    if not eps > 0.0:
+        raise ValueError(f"{operator}: eps must be > 0, got {eps!r}")
+    for index, (weight, u, v) in enumerate(zip(weights, us, vs, strict=True)):
+        _check_tensors(operator, **{f"weights[{index}]": weight, f"us[{index}]": u, f"vs[{index}]": v})
+        if weight.dim() < 2 or weight.numel() == 0:
+            raise ValueError(
+                f"{operator}: weights[{index}] must have at least two dimensions and one element, "
+                f"got {tuple(weight.shape)}"
+            )
+        rows = weight.shape[0]
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        for label, vector, size in (("us", u, rows), ("vs", v, weight.numel() // rows)):
+            if vector.shape != (size,):
+                raise ValueError(
+                    f"{operator}: {label}[{index}] must have shape ({size},) for a weight of {tuple(weight.shape)}, "
+                    f"got {tuple(vector.shape)}"
+                )
+            if vector.dtype != dtype:
+                raise TypeError(
+                    f"{operator}: {label}[{index}] must be {dtype} for a weight of {weight.dtype}, got {vector.dtype}"
+                )
+        for label, tensor in (("weights", weight), ("us", u), ("vs", v)):
+            if tensor.device != weights[0].device:
+                raise ValueError(
+                    f"{operator}: {label}[{index}] is on {tensor.device} but weights[0] is on {weights[0].device}; "
+                    "move one of them"
+                )

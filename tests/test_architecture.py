@@ -28,6 +28,7 @@ LAYERS = [
 GROUND = {"validation", "native", "profiling"}
 # dispatch chooses for functional and loads what it chose; the package's own file lists names that it loads lazily.
 ABOVE_ITS_PLACE = {("dispatch", "ops"), ("dispatch", "reference"), ("dispatch", "reference_aw_hinge")}
+ABOVE_ITS_PLACE |= {("dispatch", "reference_spectral")}
 ABOVE_ITS_PLACE |= {("native", "kernels")}  # the compiled module is one of the kernels, and native finds it
 DISPATCH_USERS = {"functional", "nn", "training", "doctor", "fuse", "fusing", "ops", "benchmarks"}
 

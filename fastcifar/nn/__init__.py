@@ -3,5 +3,14 @@
 from fastcifar.nn.aw_hinge import AdaptiveHinge, AdaptiveWeightedHinge
 from fastcifar.nn.batch_norm import BatchNormAct
 from fastcifar.nn.depthwise import DepthwiseConvBNAct
+from fastcifar.nn.spectral import spectral_norm
+from fastcifar.nn.spectral_group import SpectralNormGroup
 
-__all__ = ["AdaptiveHinge", "AdaptiveWeightedHinge", "BatchNormAct", "DepthwiseConvBNAct"]
+__all__ = [
+    "AdaptiveHinge",
+    "AdaptiveWeightedHinge",
+    "BatchNormAct",
+    "DepthwiseConvBNAct",
+    "SpectralNormGroup",
+    "spectral_norm",
+]

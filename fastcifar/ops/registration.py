@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 
 import torch
+
+
+def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Makes the tensor's GPU the current one, where Triton launches; nothing for a CPU tensor."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def implement(library: torch.library.Library, name: str) -> Callable[[Callable], Callable]:
@@ -17,7 +23,7 @@ def implement(library: torch.library.Library, name: str) -> Callable[[Callable],
     def register(function: Callable) -> Callable:
         @functools.wraps(function)
         def on_its_device(first, *arguments):
-            with torch.cuda.device(first.device):
+            with on_device_of(first):
                 return function(first, *arguments)
 
         library.impl(name, function, "CPU")

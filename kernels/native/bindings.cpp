@@ -4,6 +4,7 @@
 #include "batch_norm_bindings.h"
 #include "depthwise_bindings.h"
 #include "aw_hinge_bindings.h"
+#include "spectral_bindings.h"
 
 namespace nb = nanobind;
 
@@ -36,4 +37,5 @@ NB_MODULE(_native, m) {
   bind_depthwise(m);
   bind_batch_norm(m);
   bind_aw_hinge(m);
+  bind_spectral(m);
 }
