@@ -99,7 +99,23 @@ def fuse_table() -> str:
     return f"{markdown(rows)}\nOne training step, {size}, bfloat16.\n{source('fuse-cpu')}"
 
 
+def spectral_table() -> str:
+    """The discriminator's spectral norm."""
+    return markdown(stored("spectral-cpu")["rows"]) + source("spectral-cpu")
+
+
+def hinge_table() -> str:
+    """What the adaptive weights cost."""
+    step, weights = (markdown(stored(name)["rows"]) for name in ("hinge-step-cpu", "hinge-weights-cpu"))
+    return (
+        f"A step of aw_sngan's discriminator, batch 64, beside a plain hinge step:\n\n{step}\n"
+        f"The weighting alone, beside one tensor at a time:\n\n{weights}{source('hinge-weights-cpu')}"
+    )
+
+
 TABLES = {
+    "hinge": hinge_table,
+    "spectral": spectral_table,
     "fuse": fuse_table,
     "static": static_table,
     "traffic": traffic_table,

@@ -107,6 +107,21 @@ def _batch_norm(dtype: torch.dtype, shape: tuple[int, int, int, int], *, with_re
     return build
 
 
+def _spectral(shape: tuple[int, ...]) -> Callable[[], Setup]:
+    def build() -> Setup:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(shape, generator=generator).requires_grad_()
+        u, v = (torch.randn(size, generator=generator) for size in weight.flatten(1).shape)
+
+        def call() -> torch.Tensor:
+            return functional.spectral_normalize([weight], [u], [v], impl="triton")[0][0]
+
+        # W v, Wᵀu, W v again, W/σ; dW̄/σ, −dW̄·(W/σ)/σ summed (five operators), u vᵀ, the sum of both.
+        return Setup(call, (weight,), (5.0, 16.0))
+
+    return build
+
+
 _LIMITS = (3.2, 5.3, 1.05)
 _STRIDED = (2.0, 4.2, 1.3)  # the output, a quarter of x, is stored
 _SMALL = (4, 32, 16, 16)
@@ -123,6 +138,7 @@ SUBJECTS = [
         _batch_norm(torch.float16, _SMALL, with_residual=True),
         (4.2, 7.3, 2.05),
     ),
+    Subject("spectral_normalize", "128×576 fp32", _spectral((128, 64, 3, 3)), (4.1, 3.1, 1.05), by_address=True),
 ]
 
 

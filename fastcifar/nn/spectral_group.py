@@ -61,6 +61,12 @@ def _gather(parts, count: int) -> list[torch.Tensor]:
 class _GroupedList(parametrize.ParametrizationList):
     """The parametrisations of a layer in a group: it has one, and asks the group for what that would give."""
 
+    def __call__(self) -> torch.Tensor:
+        # Hooks are all that nn.Module's own would add; it costs more than what is called.
+        if self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks:
+            return super().__call__()
+        return self.forward()
+
     def forward(self) -> torch.Tensor:
         # Straight from the dictionaries here and below: attributes of modules cost more than all arithmetic.
         norm = self._modules["0"]
@@ -219,6 +225,10 @@ class SpectralNormGroup:
         )
 
     def _read(self, place: int, weight: torch.Tensor) -> torch.Tensor:
+        outputs = self._outputs
+        if outputs is not None and self._needed[place] and torch.is_grad_enabled():
+            if self._marks[place] == _mark(weight):
+                return outputs[place]
         if self._parts is None or self._marks[place] != _mark(weight):
             self._normalise(advance=False)
         if not (weight.requires_grad and torch.is_grad_enabled()):

@@ -20,7 +20,7 @@ namespace fastcifar::spectral {
 namespace {
 
 // Below this many values in all, a second thread costs more than it saves.
-constexpr std::int64_t kParallelSize = 1 << 19;
+constexpr std::int64_t kParallelSize = 1 << 16;
 
 // Long sums are sums of short ones: rounding errors grow with the length of each.
 constexpr std::int64_t kBlock = 2048;
