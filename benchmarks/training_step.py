@@ -86,6 +86,23 @@ def start_up_seconds() -> float:
     return time.perf_counter() - started
 
 
+def peak_memory(what: str, batch_size: int, amp: bool) -> float | None:
+    """MiB that two training steps of a new process add to what network and batch take; None where unknown."""
+    code = (
+        "import re, pathlib, torch; from fastcifar import models, native; from benchmarks import training_step as t; "
+        "native.tune_allocator(); "
+        f"images = torch.randn({batch_size}, 3, 32, 32).contiguous(memory_format=torch.channels_last); "
+        f"labels = torch.zeros({batch_size}, dtype=torch.int64); "
+        f"model = t.plain_ds_resnet() if {what!r} == 'plain' else models.create_model('ds_resnet', impl={what!r}); "
+        f"t.step_of(model, images[:2], labels[:2], {amp})(); step = t.step_of(model, images, labels, {amp}); "
+        "status = pathlib.Path('/proc/self/status'); pathlib.Path('/proc/self/clear_refs').write_text('5'); "
+        "kib = lambda key: int(re.search(key + r':\\s+(\\d+)', status.read_text())[1]); "
+        "before = kib('VmRSS'); step(); step(); print((kib('VmHWM') - before) / 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return float(done.stdout) if done.returncode == 0 else None
+
+
 def main() -> None:
     """Measures, prints a table and writes the JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__)
@@ -127,6 +144,8 @@ def main() -> None:
     print(reporting.table(rows))
     share = 100 * seconds["loader alone"] / seconds["fastcifar, auto"]
     start_up = start_up_seconds()
+    memory = {what: peak_memory(what, options.batch_size, amp) for what in ("auto", "reference", "plain")}
+    print("\npeak memory of a step, MiB: " + ", ".join(f"{what} {value:.0f}" for what, value in memory.items() if value))
     print(f"\nloader: {share:.2f} % of the step; start to first step: {start_up:.1f} s; allocator tuned: {tuned}")
     content = {
         "batch_size": options.batch_size,
@@ -135,6 +154,7 @@ def main() -> None:
         "rows": rows,
         "loader_percent_of_step": share,
         "start_up_seconds": start_up,
+        "peak_mib": memory,
     }
     print(reporting.save("training_step", content, options.output))
 

@@ -6,7 +6,7 @@
 #include "aw_hinge_scalars.h"
 
 // The clones differ in vector width only; the loader picks one when the module is imported.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(FASTCIFAR_NO_CLONES)
 #define FASTCIFAR_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define FASTCIFAR_CLONES
