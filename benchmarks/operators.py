@@ -1,10 +1,10 @@
 """`python -m benchmarks.operators`: the fused operators beside what one would use instead, and their floor.
 
-On a GPU: Triton, eager channels-last, eager with cuDNN's and with PyTorch's own depthwise kernels, torch.compile default
-and max-autotune. On a CPU: native, eager channels-last, and torch.compile with --compile. Forward and backward in
-training mode, interleaved medians. What is not as near to float64 as the reference is not timed. The floor is the larger
-of two times: the bytes that the scheme moves at the rate of a plain copy, and its multiply-adds at the rate of a
-matrix product, both measured here. Writes results/operators-DEVICE-DTYPE.json.
+On a GPU: Triton, eager channels-last, eager with cuDNN's and with PyTorch's own depthwise kernels, torch.compile
+default and max-autotune. On a CPU: native, eager channels-last, and torch.compile with --compile. Forward and backward
+in training mode, interleaved medians. What is not as near to float64 as the reference is not timed. The floor is the
+larger of two times: the bytes that the scheme moves at the rate of a plain copy, and its multiply-adds at the rate of
+a matrix product, both measured here. Writes results/operators-DEVICE-DTYPE.json.
 """
 
 from __future__ import annotations
@@ -111,10 +111,10 @@ class Subject:
             return (11 if "residual" in self.leaves else 8) * x
         if self.x.is_cuda and 2 * z > x:
             return (5 if self.kernel_size == (3, 3) else 7) * x + (3 if self.kernel_size == (3, 3) else 5) * z
-        return (3 if not self.x.is_cuda else 3) * x + 7 * z
+        return 3 * x + 7 * z
 
     def multiply_adds(self) -> int:
-        """Of a convolution and its two gradients; the convolutions that a GPU repeats cost nothing beside its memory."""
+        """Of a convolution and its two gradients; what a GPU repeats of them costs nothing beside its memory."""
         taps = 0 if self.kernel_size is None else self.kernel_size[0] * self.kernel_size[1]
         return 3 * taps * self.dz.numel()
 

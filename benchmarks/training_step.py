@@ -103,6 +103,21 @@ def peak_memory(what: str, batch_size: int, amp: bool) -> float | None:
     return float(done.stdout) if done.returncode == 0 else None
 
 
+def synthetic_loader(batch_size: int, dtype: torch.dtype) -> data.ResidentLoader:
+    """Augmented batches of the synthetic images."""
+    made = data.load_dataset("synthetic")
+    return data.ResidentLoader(
+        made.train_images,
+        made.train_labels,
+        batch_size=batch_size,
+        num_classes=100,
+        mean=made.mean,
+        std=made.std,
+        dtype=dtype,
+        augmentation=data.Augmentation(crop_pad=4, hflip="alternating"),
+    )
+
+
 def main() -> None:
     """Measures, prints a table and writes the JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__)
@@ -114,17 +129,7 @@ def main() -> None:
     options = parser.parse_args()
     amp = options.amp_dtype == "bf16"
     tuned = native.tune_allocator()
-    made = data.load_dataset("synthetic")
-    loader = data.ResidentLoader(
-        made.train_images,
-        made.train_labels,
-        batch_size=options.batch_size,
-        num_classes=100,
-        mean=made.mean,
-        std=made.std,
-        dtype=torch.bfloat16 if amp else torch.float32,
-        augmentation=data.Augmentation(crop_pad=4, hflip="alternating"),
-    )
+    loader = synthetic_loader(options.batch_size, torch.bfloat16 if amp else torch.float32)
     batch = loader.batch(0)
     images = batch.images.float().contiguous(memory_format=torch.channels_last)
     alternatives = {
@@ -145,7 +150,9 @@ def main() -> None:
     share = 100 * seconds["loader alone"] / seconds["fastcifar, auto"]
     start_up = start_up_seconds()
     memory = {what: peak_memory(what, options.batch_size, amp) for what in ("auto", "reference", "plain")}
-    print("\npeak memory of a step, MiB: " + ", ".join(f"{what} {value:.0f}" for what, value in memory.items() if value))
+    print(
+        "\npeak memory of a step, MiB: " + ", ".join(f"{what} {value:.0f}" for what, value in memory.items() if value)
+    )
     print(f"\nloader: {share:.2f} % of the step; start to first step: {start_up:.1f} s; allocator tuned: {tuned}")
     content = {
         "batch_size": options.batch_size,

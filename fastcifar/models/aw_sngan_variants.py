@@ -84,7 +84,7 @@ class ResidualDiscriminator(nn.Module):
 
 
 class SkipExcitation(nn.Module):
-    """Scales the channels of a large map by a gate computed from a small one: [N, C, H, W], [N, c, h, w] → [N, C, H, W].
+    """Scales the channels of a large map [N, C, H, W] by a gate computed from a small one [N, c, h, w].
 
     Source: Liu et al., Towards faster and stabilized GAN training for high-fidelity few-shot image synthesis, 2021.
     """

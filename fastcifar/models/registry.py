@@ -11,18 +11,21 @@ from torch import nn
 from fastcifar import validation
 
 _MODELS: dict[str, Callable[..., nn.Module]] = {}
+_GANS: set[str] = set()
 
 
-def register(name: str, build: Callable[..., nn.Module]) -> None:
-    """Adds a model: `build(num_classes=…, **options)`, every option with a default."""
+def register(name: str, build: Callable[..., nn.Module], *, gan: bool = False) -> None:
+    """Adds a model: `build(num_classes=…, **options)`, every option with a default. A GAN builds a `models.gan.GAN`."""
     if name in _MODELS:
         raise ValueError(f"register: there is a model {name!r} already")
     _MODELS[name] = build
+    if gan:
+        _GANS.add(name)
 
 
-def list_models() -> list[str]:
-    """All names that `create_model` takes, sorted."""
-    return sorted(_MODELS)
+def list_models(*, gan: bool | None = None) -> list[str]:
+    """Names that `create_model` takes, sorted: all, only GANs, or only classifiers."""
+    return sorted(name for name in _MODELS if gan is None or (name in _GANS) == gan)
 
 
 def model_options(name: str) -> dict[str, Any]:
@@ -44,7 +47,8 @@ def create_model(name: str, num_classes: int = 100, **options: Any) -> nn.Module
         **options: see `model_options(name)`.
 
     Returns:
-        A module from float images [N, 3, H, W] (32×32 for all CIFAR models) to logits [N, num_classes].
+        A module from float images [N, 3, H, W] (32×32 for all CIFAR models) to logits [N, num_classes]; of a GAN's
+        name a `models.gan.GAN` of generator and discriminator.
 
     Raises:
         ValueError: an unknown model or option (the message names the nearest), or a value out of range.
@@ -64,14 +68,15 @@ def count_parameters(model: nn.Module, convention: str = "torch") -> int:
     Args:
         model: any module.
         convention: "torch" counts `parameters()`; "keras" adds the running mean and variance of every batch
-            normalisation, as Keras' `count_params()` does with its non-trainable weights.
+            normalisation, as Keras' `count_params()` does with its non-trainable weights; "spectral_norm" adds the
+            vectors u and v of every spectral norm, as implementations do that keep them among the parameters.
 
     Raises:
         ValueError: another convention.
     """
-    validation.choose("convention", convention, ("torch", "keras"))
+    validation.choose("convention", convention, ("torch", "keras", "spectral_norm"))
     total = sum(parameter.numel() for parameter in model.parameters())
-    if convention == "keras":
-        suffixes = ("running_mean", "running_var")
+    if convention != "torch":
+        suffixes = ("running_mean", "running_var") if convention == "keras" else ("._u", "._v")
         total += sum(buffer.numel() for name, buffer in model.named_buffers() if name.endswith(suffixes))
     return total

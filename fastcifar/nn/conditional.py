@@ -35,7 +35,9 @@ class ConditionalBatchNormAct(BatchNormAct):
         *,
         negative_slope: float = 0.2,
     ):
-        super().__init__(num_features, activation, eps, momentum, affine=False, impl=impl, negative_slope=negative_slope)
+        super().__init__(
+            num_features, activation, eps, momentum, affine=False, impl=impl, negative_slope=negative_slope
+        )
         if num_classes < 1:
             raise ValueError(f"{type(self).__name__}: num_classes must be ≥ 1, got {num_classes}")
         self.embedding = nn.Embedding(num_classes, 2 * num_features)
