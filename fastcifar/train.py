@@ -17,6 +17,7 @@ import torch  # noqa: E402
 
 from fastcifar import command_line, data, models  # noqa: E402
 from fastcifar.training import checkpoint, distributed, environment, loop, recipe, run_folder, trackers  # noqa: E402
+from fastcifar.training.adversarial import Adversarial  # noqa: E402
 from fastcifar.training.classify import Classification, load_weights  # noqa: E402
 from fastcifar.training.curves import draw_curves  # noqa: E402
 from fastcifar.training.options import Recipe, flag, options  # noqa: E402
@@ -137,7 +138,7 @@ def _check(chosen: Recipe) -> None:
     trackers.check(chosen)
 
 
-def _dry_run(chosen: Recipe, task: Classification) -> int:
+def _dry_run(chosen: Recipe, task: Classification | Adversarial) -> int:
     shown = {key: value for key, value in dataclasses.asdict(chosen).items() if value is not None}
     for key, value in shown.items():
         print(f"{key}: {json.dumps(value)}")
@@ -154,9 +155,8 @@ def _dry_run(chosen: Recipe, task: Classification) -> int:
     return 0
 
 
-def _result(task: Classification, train_loop: loop.Loop, started_at: int) -> dict[str, Any]:
+def _result(task: Classification | Adversarial, train_loop: loop.Loop, started_at: int) -> dict[str, Any]:
     chosen, dataset = task.recipe, task.dataset
-    test, train = task.evaluate("test"), task.evaluate("train")
     result = {
         "model": chosen.model,
         "dataset": dataset.name,
@@ -167,25 +167,20 @@ def _result(task: Classification, train_loop: loop.Loop, started_at: int) -> dic
         "batch_size": chosen.batch_size,
         "seconds": round(train_loop.seconds, 3),
         "images_per_second": round(train_loop.step * chosen.batch_size / max(train_loop.seconds, 1e-9), 1),
-        "train_accuracy": round(train.accuracy, 4),
-        "test_accuracy": round(test.accuracy, 4),
-        "train_loss": round(train.loss, 6),
-        "test_loss": round(test.loss, 6),
+        **task.summary(),
     }
-    if chosen.tta:
-        result["test_accuracy_tta"] = round(task.evaluate("test", tta=True).accuracy, 4)
     return result | {
         "parameters": models.count_parameters(task.model),
         "amp_dtype": str(task.amp_dtype).removeprefix("torch."),
         "device": str(task.device),
-        "skipped_steps": int(task.update.bad_steps),
+        "skipped_steps": int(task.bad_steps),
         "resumed_at": started_at,
         "notices": list(dataset.notices),
         "state_sha256": checkpoint.state_sha256(task.network_tensors()),
     }
 
 
-def _train(task: Classification, train_loop: loop.Loop, folder: run_folder.RunFolder | None) -> int:
+def _train(task: Classification | Adversarial, train_loop: loop.Loop, folder: run_folder.RunFolder | None) -> int:
     """Runs the loop and writes the result; the exit status."""
     started_at, progress = train_loop.step, train_loop.progress
     try:
@@ -231,13 +226,15 @@ def main(arguments: Sequence[str]) -> int:
     chosen = recipe.with_budget(chosen, len(dataset.train_images))
     distributed.join(processes, device)
     try:
-        task = Classification(chosen, dataset, device, processes)
+        gan = chosen.model in models.list_models(gan=True)
+        columns = run_folder.GAN_COLUMNS if gan else run_folder.COLUMNS
+        task = (Adversarial if gan else Classification)(chosen, dataset, device, processes)
         if source is not None:
             load_weights(task.model, source)
             task.restart_average()
         if parsed.dry_run:
             return _dry_run(chosen, task)
-        folder = run_folder.RunFolder(place, saved.step if saved else 0) if processes.is_first else None
+        folder = run_folder.RunFolder(place, saved.step if saved else 0, columns) if processes.is_first else None
         progress = reporter(chosen.steps, folder.log if folder is not None else None)
         for notice in dataset.notices:
             progress.message(notice)

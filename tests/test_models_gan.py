@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastcifar.models import count_parameters, create_model, list_models
+from fastcifar.models.gan import first_layer
 from fastcifar.nn import ConditionalBatchNormAct, SpectralNormGroup
 
 
@@ -74,6 +75,13 @@ def test_fresh_conditional_norms_change_nothing():
     x = torch.randn(5, 4, 3, 3)
     expected = torch.nn.functional.leaky_relu(plain(x), 0.2)
     torch.testing.assert_close(layer(x, torch.randint(7, (5,))), expected)
+
+
+def test_the_first_layer_is_the_transposed_convolution():
+    generator = create_model("aw_sngan", 10).generator.double()
+    z = torch.randn(3, 128, dtype=torch.float64)
+    expected = generator.convolutions[0](z[:, :, None, None])
+    torch.testing.assert_close(first_layer(z, generator.convolutions[0]), expected)
 
 
 def test_minibatch_deviation_sees_a_collapse():

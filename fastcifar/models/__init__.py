@@ -9,6 +9,7 @@ from fastcifar.models import (
     resnet_cifar10,
     small_filters_cnn,
 )
+from fastcifar.models.gan import GAN
 from fastcifar.models.registry import count_parameters, create_model, list_models, model_options, register
 
 register("ds_resnet", ds_resnet.ds_resnet)
@@ -21,4 +22,4 @@ register("aw_sngan", aw_sngan.aw_sngan, gan=True)
 register("aw_sngan_res", aw_sngan_variants.aw_sngan_res, gan=True)
 register("aw_sngan_light", aw_sngan_variants.aw_sngan_light, gan=True)
 
-__all__ = ["count_parameters", "create_model", "list_models", "model_options", "register"]
+__all__ = ["GAN", "count_parameters", "create_model", "list_models", "model_options", "register"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastcifar.models.gan import GAN
+from fastcifar.models.gan import GAN, first_layer
 from fastcifar.nn import BatchNormAct, spectral_norm
 from fastcifar.nn.conditional import ConditionalBatchNormAct, ProjectionHead
 
@@ -44,8 +44,8 @@ class Generator(nn.Module):
         self.to_image = nn.Conv2d(inputs, 3, 1, bias=False)
 
     def forward(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        x = z[:, :, None, None]
-        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+        x = self.norms[0](first_layer(z, self.convolutions[0]), labels)
+        for convolution, norm in zip(self.convolutions[1:], self.norms[1:], strict=True):
             x = norm(convolution(x), labels)
         return torch.tanh(self.to_image(x))
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastcifar.models.aw_sngan import Discriminator, MinibatchDeviation, NormAct
-from fastcifar.models.gan import GAN
+from fastcifar.models.gan import GAN, first_layer
 from fastcifar.nn import DepthwiseConvBNAct, spectral_norm
 from fastcifar.nn.conditional import ProjectionHead
 
@@ -116,7 +116,7 @@ class LightGenerator(nn.Module):
         self.to_image = nn.Conv2d(sizes[-1], 3, 3, padding=1, bias=False)
 
     def forward(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        first = x = self.norm(self.first(z[:, :, None, None]), labels)
+        first = x = self.norm(first_layer(z, self.first), labels)
         for depthwise, pointwise, norm in zip(self.depthwise, self.pointwise, self.norms, strict=True):
             x = norm(pointwise(depthwise(F.interpolate(x, scale_factor=2))), labels)
         return torch.tanh(self.to_image(self.excitation(x, first)))

@@ -6,6 +6,13 @@ import torch
 from torch import nn
 
 
+def first_layer(z: torch.Tensor, convolution: nn.ConvTranspose2d) -> torch.Tensor:
+    """A transposed convolution of z [N, Z] seen as 1×1 images, [N, C, K, K]: the same as a product, and faster."""
+    channels, size = convolution.out_channels, convolution.kernel_size
+    product = torch.nn.functional.linear(z, convolution.weight.flatten(1).t())
+    return product.view(-1, channels, *size).contiguous(memory_format=torch.channels_last)
+
+
 class GAN(nn.Module):
     """A generator and a discriminator.
 

@@ -52,7 +52,8 @@ class ConditionalBatchNormAct(BatchNormAct):
             momentum=advance_momentum(self), eps=self.eps, process_group=self.process_group, impl=self.impl,
         )  # fmt: skip
         gamma, beta = self.embedding(labels).to(normalised.dtype)[:, :, None, None].chunk(2, 1)
-        value = torch.addcmul(beta, gamma, normalised)
+        # The large tensor first: results take its memory format.
+        value = (normalised * gamma).add_(beta)
         return reference.activate(value, self.activation, self.negative_slope)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from fastcifar.training.checkpoint import Checkpoint, CheckpointError
 from fastcifar.training.ema import WeightAverage
 from fastcifar.training.optimisers import GuardedStep, build_optimiser
 from fastcifar.training.options import Recipe
+from fastcifar.training.state import by_part, load_optimiser, optimiser_tensors
 
 
 def build_model(recipe: Recipe, dataset: data.ImageDataset) -> nn.Module:
@@ -119,6 +121,20 @@ class Classification:
             world_size=self.processes.world_size,
         )
 
+    @property
+    def bad_steps(self) -> torch.Tensor:
+        """How many steps were not finite, int64 []."""
+        return self.update.bad_steps
+
+    @property
+    def first_bad(self) -> torch.Tensor:
+        """The first such 0-based step, −1: none."""
+        return self.update.first_bad
+
+    def epoch(self, step: int) -> float:
+        """Passes over the training images after so many steps."""
+        return step / self.loader.steps_per_epoch
+
     def learning_rate(self, step: int) -> float:
         """That of a 0-based step."""
         recipe = self.recipe
@@ -173,6 +189,27 @@ class Classification:
             self.evaluated, self.dataset, split, device=self.device, amp_dtype=self.amp_dtype, tta=tta
         )
 
+    def evaluation_row(self) -> dict[str, float]:
+        """What an evaluation adds to a row of metrics."""
+        result = self.evaluate("test")
+        return {"test_loss": result.loss, "test_accuracy": result.accuracy}
+
+    def write_samples(self, folder: pathlib.Path, step: int) -> None:
+        """A classifier draws nothing."""
+
+    def summary(self) -> dict[str, Any]:
+        """What the result of a run says of the trained network."""
+        test, train = self.evaluate("test"), self.evaluate("train")
+        found = {
+            "train_accuracy": round(train.accuracy, 4),
+            "test_accuracy": round(test.accuracy, 4),
+            "train_loss": round(train.loss, 6),
+            "test_loss": round(test.loss, 6),
+        }
+        if self.recipe.tta:
+            found["test_accuracy_tta"] = round(self.evaluate("test", tta=True).accuracy, 4)
+        return found
+
     def network_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the network and of its average."""
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
@@ -180,19 +217,10 @@ class Classification:
             tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.model.state_dict().items()}
         return tensors
 
-    def _named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """In the optimiser's order."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        return [(names[p], p) for group in self.optimiser.param_groups for p in group["params"]]
-
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """All that the next steps depend on: tensors by name, and JSON values."""
         tensors = self.network_tensors()
-        parameters = self._named_parameters()
-        for index, values in self.optimiser.state_dict()["state"].items():
-            for key, value in values.items():
-                if value is not None:
-                    tensors[f"optimiser.{parameters[index][0]}.{key}"] = torch.as_tensor(value)
+        tensors |= optimiser_tensors(self.optimiser, self.model, "optimiser")
         tensors |= {"progress.loss_sum": self.loss_sum, "progress.correct": self.correct}
         tensors |= {"progress.bad_steps": self.update.bad_steps, "progress.first_bad": self.update.first_bad}
         scaler = self.update.scaler.state_dict() if self.update.scaler else None
@@ -209,14 +237,11 @@ class Classification:
         missing = sorted(name for name in expected if name not in tensors)
         if missing:
             raise CheckpointError(f"{checkpoint.path} lacks {missing[0]!r}; it is of another recipe")
-        parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "ema": {}, "optimiser": {}, "progress": {}}
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = tensor
+        parts = by_part(tensors)
         self.model.load_state_dict(parts["model"])
         if self.ema is not None:
             self.ema.model.load_state_dict(parts["ema"])
-        self._load_optimiser(parts["optimiser"])
+        load_optimiser(self.optimiser, self.model, parts.get("optimiser", {}))
         progress = parts["progress"]
         self.loss_sum.copy_(progress["loss_sum"])
         self.correct.copy_(progress["correct"])
@@ -225,21 +250,3 @@ class Classification:
         self.seen = checkpoint.state["seen"]
         if self.update.scaler:
             self.update.scaler.load_state_dict(checkpoint.state["scaler"])
-
-    def _load_optimiser(self, tensors: dict[str, torch.Tensor]) -> None:
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for index, (name, parameter) in enumerate(self._named_parameters()):
-            prefix = name + "."
-            found = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-            values = {key: _laid_out_as(parameter, t) for key, t in found.items() if "." not in key}
-            if values:
-                state[index] = values
-        groups = self.optimiser.state_dict()["param_groups"]
-        self.optimiser.load_state_dict({"state": state, "param_groups": groups})
-
-
-def _laid_out_as(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """A fused optimiser walks parameter and state by address, so their strides must agree."""
-    if tensor.shape != parameter.shape:
-        return tensor
-    return torch.empty_like(parameter, dtype=tensor.dtype).copy_(tensor)

@@ -1,4 +1,4 @@
-"""The picture of a run: loss and accuracy over the steps."""
+"""The picture of a run: what was measured over the steps."""
 
 from __future__ import annotations
 
@@ -13,24 +13,35 @@ def draw_curves(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> s
         from matplotlib.figure import Figure
     except ImportError as error:
         return f"no {path.name}: matplotlib cannot be imported ({error}); run `pip install matplotlib`"
-    figure = Figure(figsize=(9, 3.8), dpi=120, layout="constrained")
+    figure = Figure(figsize=(10, 3.6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    loss, accuracy = figure.subplots(1, 2)
-    for axes, name, label in ((loss, "loss", "cross-entropy"), (accuracy, "accuracy", "accuracy, %")):
-        for part, style in (("train", {"color": "tab:blue", "alpha": 0.8}), ("test", {"color": "tab:red"})):
-            points = [(row["step"], row[f"{part}_{name}"]) for row in rows if row.get(f"{part}_{name}") is not None]
+    panels = _GAN_PANELS if any("loss_d" in row for row in rows) else _PANELS
+    panels = [panel for panel in panels if any(row.get(name) is not None for row in rows for name in panel[1])]
+    for axes, (label, series) in zip(figure.subplots(1, max(len(panels), 1), squeeze=False)[0], panels, strict=False):
+        for name, style in series.items():
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
             if points:
-                marker = "o" if part == "test" else None
-                axes.plot(*zip(*points, strict=True), label=_LABELS[part], marker=marker, markersize=4, **style)
+                axes.plot(*zip(*points, strict=True), markersize=4, **style)
         axes.set_xlabel("step")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(frameon=False)
-    accuracy.set_ylim(bottom=0)
+        axes.legend(frameon=False)
+        if label == "accuracy, %" or label.startswith("Fréchet"):
+            axes.set_ylim(bottom=0)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path)
     return None
 
 
-_LABELS = {"train": "training batches, augmented", "test": "test images"}
+_TRAIN = {"label": "training batches, augmented", "color": "tab:blue", "alpha": 0.8}
+_TEST = {"label": "test images", "color": "tab:red", "marker": "o"}
+_PANELS = [
+    ("cross-entropy", {"train_loss": _TRAIN, "test_loss": _TEST}),
+    ("accuracy, %", {"train_accuracy": _TRAIN, "test_accuracy": _TEST}),
+]
+_GAN_PANELS = [
+    ("loss", {"loss_d": {"label": "discriminator"}, "loss_g": {"label": "generator"}}),
+    ("mean logit", {"logit_real": {"label": "D(real)"}, "logit_fake": {"label": "D(fake)"}}),
+    ("weight", {"weight_real": {"label": "w_r"}, "weight_fake": {"label": "w_f"}}),
+    ("Fréchet distance, classifier features", {"fd": {"label": "test images", "color": "tab:red", "marker": "o"}}),
+]

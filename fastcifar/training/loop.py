@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fastcifar.training import checkpoint
+from fastcifar.training.adversarial import Adversarial
 from fastcifar.training.classify import Classification
 from fastcifar.training.distributed import Processes
 from fastcifar.training.progress import Lines
@@ -45,7 +46,7 @@ class Loop:
 
     def __init__(
         self,
-        task: Classification,
+        task: Classification | Adversarial,
         folder: RunFolder | None,
         progress: Lines,
         processes: Processes,
@@ -100,24 +101,25 @@ class Loop:
         self._since = (self.step, self.seconds)
         row: dict[str, Any] = {
             "step": self.step,
-            "epoch": round(self.step / self.task.loader.steps_per_epoch, 4),
+            "epoch": round(self.task.epoch(self.step), 4),
             "learning_rate": self.task.learning_rate(self.step - 1),
             **self.task.take_averages(),
             "images_per_second": round(steps * recipe.batch_size / seconds, 1) if seconds > 0 else None,
             "seconds": round(self.seconds, 3),
         }
         if self._due(recipe.eval_every) or self.step == recipe.steps:
-            result = self.task.evaluate("test")
-            row |= {"test_loss": result.loss, "test_accuracy": result.accuracy}
+            row |= self.task.evaluation_row()
+            if self.folder is not None:
+                self.task.write_samples(self.folder.path / "samples", self.step)
         if self.folder is not None:
             self.folder.add(row)
         self.progress.show(row)
 
     def _check_finite(self) -> None:
-        bad = int(self.task.update.bad_steps)
+        bad = int(self.task.bad_steps)
         if not bad:
             return
-        first = int(self.task.update.first_bad) + 1
+        first = int(self.task.first_bad) + 1
         if self.recipe.nan == "stop":
             raise NotFinite(
                 f"loss or gradients were not finite at step {first} ({bad} such steps, none of which changed the "

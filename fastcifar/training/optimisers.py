@@ -20,7 +20,7 @@ def build_optimiser(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         nesterov = recipe.momentum > 0
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov, fused=True)
     kind = torch.optim.Adam if recipe.opt == "adam" else torch.optim.AdamW
-    return kind(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999), fused=True)
+    return kind(groups, lr=recipe.lr, betas=(recipe.momentum, recipe.beta2), fused=True)
 
 
 class GuardedStep:
@@ -45,14 +45,18 @@ class GuardedStep:
 
     def __call__(self, loss: torch.Tensor, step: int, learning_rate: float) -> None:
         """One update for a scalar loss."""
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate
         self.optimiser.zero_grad(set_to_none=True)
         if self.scaler is None:
             loss.backward()
         else:
             self.scaler.scale(loss).backward()
             self.scaler.unscale_(self.optimiser)
+        self.apply(loss, step, learning_rate)
+
+    def apply(self, loss: torch.Tensor, step: int, learning_rate: float) -> None:
+        """The update by the gradients that are there, those of `loss`."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         finite = torch.isfinite(norm)

@@ -22,7 +22,8 @@ def _count(default: int | None, help: str, group: str, low: int = 0) -> Any:
     return _option(default, help, group, int, low=low, high=2**31)
 
 
-_WHAT, _BUDGET, _OPTIMISER, _DATA = "what", "budget", "optimiser", "augmentation"
+_WHAT, _BUDGET, _OPTIMISER, _DATA, _GAN = "what", "budget", "optimiser", "augmentation", "generation"
+_LOSSES = ("auto", "hinge", "aw_hinge", "bce", "nonsaturating")
 _SPEED, _LIFE, _LOGS = "speed and repeatability", "life cycle", "logs"
 
 
@@ -47,6 +48,7 @@ class Recipe:
     opt: str = _option("sgd", "optimiser; sgd has Nesterov momentum", _OPTIMISER, choices=("sgd", "adam", "adamw"))
     lr: float = _number(0.4, "highest learning rate", _OPTIMISER, 0.0)
     momentum: float = _number(0.9, "of sgd; the first beta of adam and adamw", _OPTIMISER, 0.0, 0.999999)
+    beta2: float = _number(0.999, "the second beta of adam and adamw", _OPTIMISER, 0.0, 0.9999999)
     weight_decay: float = _number(5e-4, "on tensors of two or more dimensions only", _OPTIMISER, 0.0)
     sched: str = _option(
         "linear", "learning rate over time", _OPTIMISER, choices=("constant", "cosine", "linear", "onecycle")
@@ -63,6 +65,14 @@ class Recipe:
     cutout: int = _count(0, "side of the square that is cut out, in pixels", _DATA)
     mixup: float = _number(0.0, "alpha of mixup; 0 for none", _DATA, 0.0)
     cutmix: float = _number(0.0, "alpha of cutmix; 0 for none", _DATA, 0.0)
+
+    unconditional: bool = _option(False, "a GAN that knows no classes", _GAN, bool)
+    loss: str = _option("auto", "of a GAN; auto: aw_hinge, bce for dcgan", _GAN, choices=_LOSSES)
+    n_dis: int = _count(1, "discriminator steps for each generator step", _GAN, 1)
+    diffaugment: str = _option("off", "DiffAugment: off, or color, translation, cutout with commas between", _GAN)
+    classifier: str | None = _option(None, "run of a classifier whose features judge the samples", _GAN)
+    metrics: str = _option("fd", "at evaluations with --classifier: fd, kid, prdc with commas between", _GAN)
+    metric_samples: int = _count(10_000, "images that the metrics see", _GAN, 2)
 
     device: str = _option("auto", "auto, cpu, cuda or cuda:N", _SPEED)
     amp_dtype: str = _option("auto", "arithmetic of the network", _SPEED, choices=("auto", "bf16", "fp16", "fp32"))

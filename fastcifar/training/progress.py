@@ -21,6 +21,15 @@ def format_row(row: dict[str, Any], steps: int) -> str:
         ("train_loss", "loss {:.4f}"),
         ("train_accuracy", "train {:.2f} %"),
         ("test_accuracy", "test {:.2f} %"),
+        ("loss_d", "D {:.3f}"),
+        ("loss_g", "G {:.3f}"),
+        ("logit_real", "D(real) {:+.2f}"),
+        ("logit_fake", "D(fake) {:+.2f}"),
+        ("weight_real", "w_r {:.3f}"),
+        ("weight_fake", "w_f {:.3f}"),
+        ("cosine", "cos {:+.2f}"),
+        ("fd", "FD {:.2f}"),
+        ("kid", "KID {:.4f}"),
         ("learning_rate", "lr {:.4g}"),
         ("images_per_second", "{:,.0f} images/s"),
     )
@@ -84,7 +93,7 @@ class Bar(Lines):
         """The newest metrics; evaluations leave a line."""
         line = format_row(row, self.steps)
         self.progress.update(self.task, completed=row["step"], description=line)
-        if row.get("test_accuracy") is not None:
+        if row.get("test_accuracy") is not None or row.get("fd") is not None:
             self.message(line)
         else:
             self.log(line)

@@ -24,10 +24,26 @@ _DEMO = {
     "steps": 1_600, "batch_size": 128, "opt": "sgd", "lr": 0.4, "weight_decay": 5e-4, "sched": "linear",
     "hflip": "alternating",
 }  # fmt: skip
+# Miyato et al., 2018, but for the discriminator's steps: the published run names none; 5 is theirs.
+_GAN_SEED = {
+    "steps": 50_000, "batch_size": 64, "opt": "adam", "lr": 2e-4, "momentum": 0.0, "beta2": 0.9, "weight_decay": 0.0,
+    "sched": "linear", "warmup_steps": 0, "n_dis": 5,
+}  # fmt: skip
+_GAN_FAST = {
+    **_GAN_SEED, "n_dis": 1, "lr": 4e-4, "hflip": "random", "model_ema_decay": 0.999,
+    "diffaugment": "translation,cutout",
+}  # fmt: skip
+_GAN_DEMO = {**_GAN_FAST, "steps": 4_000, "diffaugment": "off"}
+_GANS = {"seed": _GAN_SEED, "fast": _GAN_FAST, "demo": _GAN_DEMO}
+# Radford, Metz and Chintala, 2016.
+_DCGAN = {"momentum": 0.5, "beta2": 0.999, "n_dis": 1, "lr": 2e-4, "diffaugment": "off"}
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {"seed": _SEED, "fast": _FAST, "demo": _DEMO}
 
 # A small plain network without batch norm diverges at the rates that the others learn fastest with.
 _BY_MODEL = {"small_filters_cnn": {"fast": {"lr": 0.1}, "demo": {"lr": 0.1}}}
+METRICS = ("fd", "kid", "prdc")
+POLICIES = ("color", "translation", "cutout")
 _WARMUP_SHARE = {"constant": 0.0, "cosine": 0.05, "linear": 0.2, "onecycle": 0.3}
 
 
@@ -61,7 +77,10 @@ def resolve(flags: Mapping[str, Any], config: Mapping[str, Any] | None = None, *
         preset = "fast" if has_gpu else "demo"
     validation.choose("--preset", preset, PRESETS)
     model = validation.choose("model", given.get("model", Recipe.model), models.list_models())
-    base = {**PRESETS[preset], **_BY_MODEL.get(model, {}).get(preset, {})}
+    if model in models.list_models(gan=True):
+        base = {**_GANS[preset], **(_DCGAN if model == "dcgan" else {})}
+    else:
+        base = {**PRESETS[preset], **_BY_MODEL.get(model, {}).get(preset, {})}
     if given.get("epochs") is not None:
         base.pop("steps")
     recipe = Recipe(**{**base, **given, "preset": preset})
@@ -76,8 +95,43 @@ def _check_together(recipe: Recipe) -> None:
         raise ValueError("--eval-only needs weights: give --resume or --init-weights")
     if recipe.mixup and recipe.cutmix:
         raise ValueError(f"--mixup {recipe.mixup:g} and --cutmix {recipe.cutmix:g} exclude each other; set one to 0")
+    if recipe.model in models.list_models(gan=True):
+        _check_gan(recipe)
+    elif recipe.unconditional or recipe.loss != "auto" or recipe.diffaugment != "off":
+        raise ValueError(
+            f"--unconditional, --loss and --diffaugment are for GANs ({', '.join(models.list_models(gan=True))}), "
+            f"{recipe.model} is a classifier"
+        )
     if recipe.sched == "constant" and recipe.opt == "sgd" and recipe.lr == 0.0:
         raise ValueError("--lr 0 trains nothing; give a rate above 0")
+
+
+def _check_gan(recipe: Recipe) -> None:
+    for option in ("mixup", "cutmix", "cutout", "color_jitter", "label_smoothing", "crop_pad"):
+        if getattr(recipe, option):
+            raise ValueError(f"{flag(option)} is for classifiers; {recipe.model} would learn to draw it")
+    if recipe.amp_dtype == "fp16":
+        raise ValueError("--amp-dtype fp16 is not for GANs: two losses share no scale; use bf16 or fp32")
+    if recipe.tta:
+        raise ValueError(f"--tta is for classifiers, not for {recipe.model}")
+    if recipe.opt == "sgd":
+        raise ValueError("--opt sgd does not train GANs here; use adam or adamw")
+    policies(recipe.diffaugment)
+    names("--metrics", recipe.metrics, METRICS)
+
+
+def names(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """A list with commas as a tuple of known names.
+
+    Raises:
+        ValueError: an unknown name; the message gives the nearest.
+    """
+    return tuple(validation.choose(option, part.strip(), known) for part in text.split(",") if part.strip())
+
+
+def policies(text: str) -> tuple[str, ...]:
+    """--diffaugment as a tuple of policies, empty for "off"."""
+    return () if text == "off" else names("--diffaugment", text, POLICIES)
 
 
 def with_budget(recipe: Recipe, images: int) -> Recipe:
@@ -133,5 +187,5 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 _WITHOUT_CONSEQUENCE = frozenset(
     "data_dir preset device impl compile deterministic output resume init_weights save_every keep_last eval_every "
-    "eval_only tta nan tensorboard wandb".split()
+    "eval_only tta nan tensorboard wandb classifier metrics metric_samples".split()
 )

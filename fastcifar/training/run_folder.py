@@ -17,6 +17,13 @@ COLUMNS = (
 )  # fmt: skip
 
 
+GAN_COLUMNS = (
+    "step", "epoch", "learning_rate", "loss_d", "loss_g", "score_real", "score_fake", "weight_real", "weight_fake",
+    "cosine", "logit_real", "logit_fake", "images_per_second", "seconds", "fd", "kid", "kid_deviation", "precision",
+    "recall", "density", "coverage",
+)  # fmt: skip
+
+
 def new_folder(parent: pathlib.Path, name: str) -> pathlib.Path:
     """`parent/name`, or with -2, -3, … where that is taken; not made yet."""
     candidate, number = parent / name, 1
@@ -48,16 +55,17 @@ class RunFolder:
     Args:
         path: the folder, made when missing.
         step: the step that the run goes on from; rows of later steps, which a killed run left, are dropped.
+        columns: names that a row may hold.
     """
 
-    def __init__(self, path: pathlib.Path, step: int = 0):
-        self.path = path
+    def __init__(self, path: pathlib.Path, step: int = 0, columns: tuple[str, ...] = COLUMNS):
+        self.path, self.columns = path, columns
         self.trackers: list[Callable[[dict[str, Any]], None]] = []
         path.mkdir(parents=True, exist_ok=True)
-        self.rows = [row for row in _read_rows(path / "metrics.jsonl") if row["step"] <= step]
+        self.rows = [row for row in _read_rows(path / "metrics.jsonl", columns) if row["step"] <= step]
         self._rewrite("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
         table = io.StringIO()
-        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(table, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         self._rewrite("metrics.csv", table.getvalue())
@@ -81,7 +89,7 @@ class RunFolder:
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
         with open(self.path / "metrics.csv", "a", newline="") as file:
-            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
         for tracker in self.trackers:
             tracker(row)
 
@@ -96,7 +104,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+def _read_rows(path: pathlib.Path, columns: tuple[str, ...]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     if not path.is_file():
         return rows
@@ -105,6 +113,6 @@ def _read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             break  # a kill cut the last line
-        if isinstance(row, dict) and set(row) <= set(COLUMNS) and isinstance(row.get("step"), int):
+        if isinstance(row, dict) and set(row) <= set(columns) and isinstance(row.get("step"), int):
             rows.append(row)
     return rows

@@ -1,0 +1,17 @@
+"""How near generated images are to real ones, in the features of a named network."""
+
+from fastcifar.metrics.comparison import METRICS, Reference, compare
+from fastcifar.metrics.extractors import ClassifierFeatures
+from fastcifar.metrics.frechet import FeatureStatistics, frechet_distance
+from fastcifar.metrics.neighbours import kernel_distance, precision_recall_density_coverage
+
+__all__ = [
+    "METRICS",
+    "ClassifierFeatures",
+    "FeatureStatistics",
+    "Reference",
+    "compare",
+    "frechet_distance",
+    "kernel_distance",
+    "precision_recall_density_coverage",
+]

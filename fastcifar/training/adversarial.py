@@ -1,0 +1,293 @@
+"""Adversarial training: generator against discriminator, one step, and the state that a checkpoint holds."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from fastcifar import data, models
+from fastcifar import nn as fused
+from fastcifar.training import distributed, environment, sampling, schedule
+from fastcifar.training.checkpoint import Checkpoint, CheckpointError
+from fastcifar.training.diff_augment import NUMBERS, diff_augment
+from fastcifar.training.ema import WeightAverage
+from fastcifar.training.optimisers import GuardedStep, build_optimiser
+from fastcifar.training.options import Recipe
+from fastcifar.training.recipe import policies
+from fastcifar.training.state import by_part, load_optimiser, optimiser_tensors
+
+# What a step is averaged over: names in metrics rows, in the order of the sums.
+AVERAGES = (
+    "loss_d", "loss_g", "score_real", "score_fake", "weight_real", "weight_fake", "cosine", "logit_real", "logit_fake",
+)  # fmt: skip
+_MEAN = _STD = (0.5, 0.5, 0.5)
+
+
+def build_gan(recipe: Recipe, num_classes: int) -> models.GAN:
+    """The recipe's two networks with the weights of its seed, on the CPU.
+
+    Raises:
+        ValueError: an unknown model, option or implementation.
+    """
+    torch.manual_seed(recipe.seed)
+    options = dict(recipe.model_options)
+    if recipe.unconditional and "conditional" in models.model_options(recipe.model):
+        options["conditional"] = False
+    gan = models.create_model(recipe.model, num_classes=num_classes, **options)
+    for module in gan.modules():
+        if hasattr(module, "impl"):
+            module.impl = recipe.impl
+    return gan
+
+
+class Adversarial:
+    """A GAN in training; every step is a pure function of the state and the step's number.
+
+    Args:
+        recipe: with its budget resolved; `steps` counts those of the generator.
+        dataset: images and labels.
+        device: of the networks and the resident images.
+        processes: those that share each global batch.
+
+    Raises:
+        ValueError: options that do not fit together, the data set or the number of processes.
+    """
+
+    def __init__(
+        self, recipe: Recipe, dataset: data.ImageDataset, device: torch.device, processes: distributed.Processes
+    ):
+        if recipe.batch_size % processes.world_size:
+            raise ValueError(
+                f"--batch-size {recipe.batch_size} is not a multiple of the {processes.world_size} processes"
+            )
+        self.recipe, self.dataset, self.device, self.processes = recipe, dataset, device, processes
+        self.amp_dtype = environment.DTYPES[environment.choose_amp_dtype(recipe.amp_dtype, device)]
+        self.model = build_gan(recipe, dataset.num_classes).to(device=device, memory_format=torch.channels_last)
+        self.generator, self.discriminator = self.model.generator, self.model.discriminator
+        self.ema = WeightAverage(self.generator, recipe.model_ema_decay) if recipe.model_ema_decay else None
+        self.loss = recipe.loss if recipe.loss != "auto" else "bce" if recipe.model == "dcgan" else "aw_hinge"
+        self.policies = policies(recipe.diffaugment)
+        group = dist.group.WORLD if processes.world_size > 1 else None
+        if group is not None:
+            distributed.synchronise_statistics(self.model)
+        self.spectral = self._spectral_group()
+        self.hinge = fused.AdaptiveWeightedHinge(self.discriminator.parameters(), process_group=group)
+        self.update_g, self.update_d = (
+            GuardedStep(build_optimiser(recipe, network), recipe.clip_grad, device, fp16=False)
+            for network in (self.generator, self.discriminator)
+        )
+        self.sums = torch.zeros(len(AVERAGES), dtype=torch.float64, device=device)
+        self.seen = 0
+        self.loader = self._build_loader()
+        self.judge = sampling.Judge(recipe, dataset, device) if recipe.classifier else None
+
+    def _spectral_group(self) -> fused.SpectralNormGroup | None:
+        try:
+            return fused.SpectralNormGroup(self.discriminator)
+        except ValueError:
+            return None  # no such layer
+
+    def _build_loader(self) -> data.ResidentLoader:
+        recipe, dataset = self.recipe, self.dataset
+        return data.ResidentLoader(
+            dataset.train_images,
+            dataset.train_labels,
+            batch_size=recipe.batch_size,
+            num_classes=dataset.num_classes,
+            seed=recipe.seed,
+            augmentation=data.Augmentation(hflip=recipe.hflip),
+            mean=_MEAN,
+            std=_STD,
+            device=self.device,
+            dtype=torch.float32,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
+        )
+
+    @property
+    def bad_steps(self) -> torch.Tensor:
+        """How many updates of either network were not finite, int64 []."""
+        return self.update_g.bad_steps + self.update_d.bad_steps
+
+    @property
+    def first_bad(self) -> torch.Tensor:
+        """The first such 0-based step, −1: none."""
+        both = torch.stack([self.update_g.first_bad, self.update_d.first_bad])
+        return torch.where((both >= 0).all(), both.min(), both.max())
+
+    def epoch(self, step: int) -> float:
+        """Passes of the discriminator over the training images after so many steps."""
+        return step * self.recipe.n_dis / self.loader.steps_per_epoch
+
+    def learning_rate(self, step: int) -> float:
+        """That of a 0-based step."""
+        recipe = self.recipe
+        return recipe.lr * schedule.factor(recipe.sched, step, recipe.steps, recipe.warmup_steps)
+
+    def _draw(self, step: int, turn: int) -> sampling.Draw:
+        """Latents, labels and augmentation numbers of one forward pass of this process: a function of its place."""
+        number = step * (self.recipe.n_dis + 1) + turn
+        whole = sampling.draw(self.model, self.recipe.seed, number, self.recipe.batch_size, 2 * NUMBERS)
+        size = self.recipe.batch_size // self.processes.world_size
+        begin = self.processes.rank * size
+        return whole.part(begin, begin + size).to(self.device)
+
+    def _autocast(self) -> torch.autocast:
+        enabled = self.amp_dtype != torch.float32
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=enabled)
+
+    def _judge_images(self, images: torch.Tensor, labels: torch.Tensor | None, numbers: torch.Tensor) -> torch.Tensor:
+        images = diff_augment(images, self.policies, numbers) if self.policies else images
+        images = images.contiguous(memory_format=torch.channels_last)
+        with self._autocast():
+            return self.discriminator(images, labels).float()
+
+    def _generate(self, draw: sampling.Draw) -> torch.Tensor:
+        with self._autocast():
+            return self.generator(draw.latents, draw.labels).float()
+
+    def train_step(self, step: int) -> None:
+        """`n_dis` updates of the discriminator and one of the generator."""
+        rate = self.learning_rate(step)
+        values: list[torch.Tensor] = []
+        for turn in range(self.recipe.n_dis):
+            values = self._train_discriminator(step, turn, rate)
+        loss_g = self._train_generator(step, rate)
+        if self.ema is not None:
+            self.ema.update(step)
+        values.insert(1, loss_g)
+        self.sums += torch.stack([value.detach().double() for value in values])
+        self.seen += 1
+
+    def _train_discriminator(self, step: int, turn: int, rate: float) -> list[torch.Tensor]:
+        batch = self.loader.batch(step * self.recipe.n_dis + turn)
+        draw = self._draw(step, turn)
+        with torch.no_grad():
+            generated = self._generate(draw)
+        if self.spectral is not None:
+            self.spectral.step()
+        self.update_d.optimiser.zero_grad(set_to_none=True)
+        labels = batch.labels if self.model.conditional else None
+        real = self._judge_images(batch.images, labels, draw.numbers[:, :NUMBERS])
+        fake = self._judge_images(generated, draw.labels, draw.numbers[:, NUMBERS:])
+        if self.loss == "aw_hinge":
+            found = self.hinge.backward(real, fake)
+            loss = found.loss_real + found.loss_fake
+            rest = [found.score_real, found.score_fake, found.weight_real, found.weight_fake, found.cosine]
+        else:
+            loss = self._discriminator_loss(real, fake)
+            loss.backward()
+            self._average_gradients(self.discriminator)
+            one = torch.ones((), device=self.device)
+            rest = [real.detach().sigmoid().mean(), fake.detach().sigmoid().mean(), one, one, 0 * one]
+        self.update_d.apply(loss, step, rate)
+        return [loss, *rest, real.detach().mean(), fake.detach().mean()]
+
+    def _discriminator_loss(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+        if self.loss == "hinge":
+            return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+        # Binary cross-entropy with logits; the non-saturating loss has the same discriminator.
+        return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+    def _train_generator(self, step: int, rate: float) -> torch.Tensor:
+        draw = self._draw(step, self.recipe.n_dis)
+        self.update_g.optimiser.zero_grad(set_to_none=True)
+        self.discriminator.requires_grad_(False)
+        try:
+            fake = self._judge_images(self._generate(draw), draw.labels, draw.numbers[:, :NUMBERS])
+            loss = -fake.mean() if self.loss in ("hinge", "aw_hinge") else F.softplus(-fake).mean()
+            loss.backward()
+        finally:
+            self.discriminator.requires_grad_(True)
+        self._average_gradients(self.generator)
+        self.update_g.apply(loss, step, rate)
+        return loss
+
+    def _average_gradients(self, network: nn.Module) -> None:
+        if self.processes.world_size == 1:
+            return
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= self.processes.world_size
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
+
+    def take_averages(self) -> dict[str, float]:
+        """Means over the steps since the last call; the scores are those of the raw logits through a sigmoid."""
+        sums = self.processes.sum(self.sums.clone()) / self.processes.world_size
+        means = (sums / max(self.seen, 1)).tolist()
+        self.sums.zero_()
+        self.seen = 0
+        return {name: round(value, 6) for name, value in zip(AVERAGES, means, strict=True)}
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The generator that is evaluated: the averaged one where there is one."""
+        return self.generator if self.ema is None else self.ema.model
+
+    def evaluation_row(self) -> dict[str, float]:
+        """Metrics of fresh samples, where a classifier judges them."""
+        return {} if self.judge is None else self.judge.metrics(self.evaluated, self.model)
+
+    def write_samples(self, folder: pathlib.Path, step: int) -> None:
+        """reals.png once, fakes-NNNNNN.png with the same latents and labels each time."""
+        sampling.write_grids(folder, step, self.evaluated, self.model, self.dataset, self.device)
+
+    def summary(self) -> dict[str, Any]:
+        """What the result of a run says of the trained generator."""
+        kind = {"loss": self.loss, "n_dis": self.recipe.n_dis, "conditional": self.model.conditional}
+        if self.judge is None:
+            return kind
+        return kind | self.judge.describe() | self.evaluation_row()
+
+    def restart_average(self) -> None:
+        """Lets the averaged weights begin at the generator's present ones."""
+        if self.ema is not None:
+            self.ema.model.load_state_dict(self.generator.state_dict())
+
+    def network_tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor of both networks and of the generator's average."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        if self.ema is not None:
+            tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.model.state_dict().items()}
+        return tensors
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """All that the next steps depend on: tensors by name, and JSON values."""
+        tensors = self.network_tensors()
+        for name, update, network in self._updates():
+            tensors |= optimiser_tensors(update.optimiser, network, f"optimiser_{name}")
+            tensors |= {f"progress.bad_steps_{name}": update.bad_steps, f"progress.first_bad_{name}": update.first_bad}
+        return tensors | {"progress.sums": self.sums}, {"seen": self.seen}
+
+    def _updates(self) -> list[tuple[str, GuardedStep, nn.Module]]:
+        return [("g", self.update_g, self.generator), ("d", self.update_d, self.discriminator)]
+
+    def load_state(self, checkpoint: Checkpoint) -> None:
+        """Takes over everything of a checkpoint of the same recipe.
+
+        Raises:
+            CheckpointError: it belongs to another network or optimiser.
+        """
+        expected, _ = self.state()
+        missing = sorted(name for name in expected if name not in checkpoint.tensors)
+        if missing:
+            raise CheckpointError(f"{checkpoint.path} lacks {missing[0]!r}; it is of another recipe")
+        parts = by_part(checkpoint.tensors)
+        self.model.load_state_dict(parts["model"])
+        if self.ema is not None:
+            self.ema.model.load_state_dict(parts["ema"])
+        for name, update, network in self._updates():
+            load_optimiser(update.optimiser, network, parts.get(f"optimiser_{name}", {}))
+            update.bad_steps.copy_(parts["progress"][f"bad_steps_{name}"])
+            update.first_bad.copy_(parts["progress"][f"first_bad_{name}"])
+        self.sums.copy_(parts["progress"]["sums"])
+        self.seen = checkpoint.state["seen"]
+        if self.spectral is not None:
+            self.spectral.invalidate()
