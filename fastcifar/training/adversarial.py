@@ -65,6 +65,9 @@ class Adversarial:
             raise ValueError(
                 f"--batch-size {recipe.batch_size} is not a multiple of the {processes.world_size} processes"
             )
+        height, width = dataset.train_images.shape[1:3]
+        if (height, width) != (32, 32):
+            raise ValueError(f"--model {recipe.model} draws 32×32 images, {dataset.name} has {height}×{width}")
         self.recipe, self.dataset, self.device, self.processes = recipe, dataset, device, processes
         self.amp_dtype = environment.DTYPES[environment.choose_amp_dtype(recipe.amp_dtype, device)]
         self.model = build_gan(recipe, dataset.num_classes).to(device=device, memory_format=torch.channels_last)
@@ -264,7 +267,8 @@ class Adversarial:
         for name, update, network in self._updates():
             tensors |= optimiser_tensors(update.optimiser, network, f"optimiser_{name}")
             tensors |= {f"progress.bad_steps_{name}": update.bad_steps, f"progress.first_bad_{name}": update.first_bad}
-        return tensors | {"progress.sums": self.sums}, {"seen": self.seen}
+        names = list(self.dataset.class_names)
+        return tensors | {"progress.sums": self.sums}, {"seen": self.seen, "class_names": names}
 
     def _updates(self) -> list[tuple[str, GuardedStep, nn.Module]]:
         return [("g", self.update_g, self.generator), ("d", self.update_d, self.discriminator)]

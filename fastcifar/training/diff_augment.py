@@ -47,7 +47,7 @@ def _shift(images: torch.Tensor, size: int, numbers: torch.Tensor) -> torch.Tens
     most = int(size / 8 + 0.5)
     moved = (numbers.float() * (2 * most + 1)).floor().long() - most
     place = torch.arange(size, device=images.device)
-    return (place[None, :, None] - moved[:, None, None] == place[None, None, :]).to(images.dtype)
+    return (place[None, :, None] + moved[:, None, None] == place[None, None, :]).to(images.dtype)
 
 
 def _inside(images: torch.Tensor, size: int, numbers: torch.Tensor) -> torch.Tensor:

@@ -96,6 +96,20 @@ def save_png(path: pathlib.Path, image: numpy.ndarray) -> None:
     Image.fromarray(image).save(path)
 
 
+def save_gif(path: pathlib.Path, frames: numpy.ndarray, scale: int = 4) -> None:
+    """Writes uint8 [F, H, W, 3] as an animation that goes there and back.
+
+    Raises:
+        ValueError: Pillow is missing.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ValueError(f"{path.name} needs Pillow, which is not installed; run `pip install Pillow`") from error
+    large = [Image.fromarray(frame.repeat(scale, 0).repeat(scale, 1)) for frame in (*frames, *frames[-2:0:-1])]
+    large[0].save(path, save_all=True, append_images=large[1:], duration=90, loop=0)
+
+
 def write_grids(
     folder: pathlib.Path,
     step: int,
