@@ -99,6 +99,45 @@ def fuse_table() -> str:
     return f"{markdown(rows)}\nOne training step, {size}, bfloat16.\n{source('fuse-cpu')}"
 
 
+def operators_table() -> str:
+    """The fused operators beside eager and compiled PyTorch."""
+    rows = stored("operators-cpu-bf16")["rows"]
+    kept = [{key: value for key, value in row.items() if key != "% of copy rate"} for row in rows]
+    return f"{markdown(kept)}\nForward and backward in training, bfloat16.\n{source('operators-cpu-bf16')}"
+
+
+def step_table() -> str:
+    """A whole training step of ds_resnet."""
+    found = stored("training_step")
+    rows = [
+        {"ds_resnet, batch 512, bfloat16": row["what"], **row} for row in found["rows"] if "loader" not in row["what"]
+    ]
+    rows = [{key: value for key, value in row.items() if key != "what"} for row in rows]
+    memory = ", ".join(f"{what} {value:.0f}" for what, value in found["peak_mib"].items())
+    return (
+        f"{markdown(rows)}\nPeak memory of a step, MiB: {memory}. The loader takes "
+        f"{found['loader_percent_of_step']:.1f} % of the step; start to first step {found['start_up_seconds']:.1f} s.\n{source('training_step')}"
+    )
+
+
+def runs_table() -> str:
+    """Longer trainings."""
+    rows = []
+    for path in sorted(reporting.RESULTS.glob("fast*-*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))["result"]
+        rows.append(
+            {
+                "network": f"`{result['model']}`",
+                "steps": f"{result['steps']:,} × {result['batch_size']}",
+                "training": f"{result['seconds']:.0f} s",
+                "train accuracy": f"{result['train_accuracy']:.1f} %",
+                "test accuracy": f"{result['test_accuracy']:.1f} %",
+                "with mirrored and shifted copies": f"{result['test_accuracy_tta']:.1f} %",
+            }
+        )
+    return markdown(rows)
+
+
 def spectral_table() -> str:
     """The discriminator's spectral norm."""
     return markdown(stored("spectral-cpu")["rows"]) + source("spectral-cpu")
@@ -114,6 +153,9 @@ def hinge_table() -> str:
 
 
 TABLES = {
+    "operators": operators_table,
+    "step": step_table,
+    "runs": runs_table,
     "hinge": hinge_table,
     "spectral": spectral_table,
     "fuse": fuse_table,
