@@ -109,15 +109,15 @@ def operators_table() -> str:
 def step_table() -> str:
     """A whole training step of ds_resnet."""
     found = stored("training_step")
-    rows = [
-        {"ds_resnet, batch 512, bfloat16": row["what"], **row} for row in found["rows"] if "loader" not in row["what"]
-    ]
-    rows = [{key: value for key, value in row.items() if key != "what"} for row in rows]
+    rows = []
+    for row in found["rows"]:
+        if "loader" not in row["what"]:
+            rest = {key: value for key, value in row.items() if key != "what"}
+            rows.append({"ds_resnet, batch 512, bfloat16": row["what"], **rest})
     memory = ", ".join(f"{what} {value:.0f}" for what, value in found["peak_mib"].items())
-    return (
-        f"{markdown(rows)}\nPeak memory of a step, MiB: {memory}. The loader takes "
-        f"{found['loader_percent_of_step']:.1f} % of the step; start to first step {found['start_up_seconds']:.1f} s.\n{source('training_step')}"
-    )
+    share, start = found["loader_percent_of_step"], found["start_up_seconds"]
+    text = f"Peak memory of a step, MiB: {memory}. The loader takes {share:.1f} % of the step; start to first step"
+    return f"{markdown(rows)}\n{text} {start:.1f} s.\n{source('training_step')}"
 
 
 def runs_table() -> str:
