@@ -24,7 +24,10 @@ from fastcifar.training.state import by_part, load_optimiser, optimiser_tensors
 # What a step is averaged over: names in metrics rows, in the order of the sums.
 AVERAGES = (
     "loss_d", "loss_g", "score_real", "score_fake", "weight_real", "weight_fake", "cosine", "logit_real", "logit_fake",
+    "deviation",
 )  # fmt: skip
+# Deviation of pixels in [−1, 1] over a batch, and scores through a sigmoid, beyond which a run has gone wrong.
+COLLAPSED, SATURATED = 0.02, 0.995
 _MEAN = _STD = (0.5, 0.5, 0.5)
 
 
@@ -189,7 +192,9 @@ class Adversarial:
             one = torch.ones((), device=self.device)
             rest = [real.detach().sigmoid().mean(), fake.detach().sigmoid().mean(), one, one, 0 * one]
         self.update_d.apply(loss, step, rate)
-        return [loss, *rest, real.detach().mean(), fake.detach().mean()]
+        # How much the generated images differ from each other: next to nothing after a collapse.
+        deviation = generated.std(0).mean()
+        return [loss, *rest, real.detach().mean(), fake.detach().mean(), deviation]
 
     def _discriminator_loss(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
         if self.loss == "hinge":
@@ -228,6 +233,26 @@ class Adversarial:
         self.sums.zero_()
         self.seen = 0
         return {name: round(value, 6) for name, value in zip(AVERAGES, means, strict=True)}
+
+    def tick(self, step: int, steps: int, seconds: float) -> dict[str, float]:
+        """Of the last `steps` up to `step`: thousands of real images so far, seconds for a thousand, memory."""
+        images = self.recipe.batch_size * self.recipe.n_dis / 1000
+        found = {"kimg": round(step * images, 3), "seconds_per_kimg": round(seconds / max(steps * images, 1e-9), 3)}
+        return found | {"memory_mib": environment.memory_mib(self.device)}
+
+    def watch(self, row: dict[str, Any]) -> str | None:
+        """What looks wrong in a row of metrics: a collapsed generator or a discriminator that has won."""
+        if row["deviation"] < COLLAPSED:
+            return (
+                f"WARNING: the generated images hardly differ (deviation {row['deviation']:.4f}): the generator has "
+                "collapsed; lower --lr, raise --n-dis or try --diffaugment translation,cutout"
+            )
+        if row["score_real"] > SATURATED and row["score_fake"] < 1 - SATURATED:
+            return (
+                f"WARNING: the discriminator tells all images apart (scores {row['score_real']:.3f} and "
+                f"{row['score_fake']:.3f}): the generator learns nothing from it; lower --lr or --n-dis"
+            )
+        return None
 
     @property
     def evaluated(self) -> nn.Module:

@@ -164,6 +164,14 @@ class Classification:
         partner = F.cross_entropy(logits, batch.partner_labels, reduction="none", label_smoothing=smoothing)
         return torch.lerp(own, partner, batch.partner_weight.to(own.dtype)).mean()
 
+    def tick(self, step: int, steps: int, seconds: float) -> dict[str, float]:
+        """Nothing more than every run has."""
+        return {}
+
+    def watch(self, row: dict[str, Any]) -> str | None:
+        """What looks wrong in a row of metrics: nothing that is not checked elsewhere."""
+        return None
+
     def restart_average(self) -> None:
         """Lets the averaged weights begin at the network's present ones."""
         if self.ema is not None:

@@ -82,6 +82,18 @@ def prepare_process(device: torch.device, *, deterministic: bool) -> dict[str, A
     return settings
 
 
+def memory_mib(device: torch.device) -> int:
+    """The most memory that this process has held: on its GPU, or in all."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20)
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / 2**20 if sys.platform == "darwin" else peak / 2**10)
+
+
 def describe(device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:
     """Versions, hardware, settings and choices, as `env.json` holds them."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "fastcifar": fastcifar.__version__}

@@ -62,6 +62,7 @@ class Loop:
         self._ask_every = 10 if processes.world_size > 1 and task.device.type == "cuda" else 1
         self._since = (step, seconds)
         self._saved = step if step else -1
+        self._warned = False
 
     def run(self) -> None:
         """All steps that are left.
@@ -106,6 +107,7 @@ class Loop:
             **self.task.take_averages(),
             "images_per_second": round(steps * recipe.batch_size / seconds, 1) if seconds > 0 else None,
             "seconds": round(self.seconds, 3),
+            **self.task.tick(self.step, steps, seconds),
         }
         if self._due(recipe.eval_every) or self.step == recipe.steps:
             row |= self.task.evaluation_row()
@@ -114,6 +116,10 @@ class Loop:
         if self.folder is not None:
             self.folder.add(row)
         self.progress.show(row)
+        warning = self.task.watch(row)
+        if warning is not None and not self._warned:
+            self.progress.message(warning)
+        self._warned = warning is not None
 
     def _check_finite(self) -> None:
         bad = int(self.task.bad_steps)

@@ -19,7 +19,8 @@ COLUMNS = (
 
 GAN_COLUMNS = (
     "step", "epoch", "learning_rate", "loss_d", "loss_g", "score_real", "score_fake", "weight_real", "weight_fake",
-    "cosine", "logit_real", "logit_fake", "images_per_second", "seconds", "fd", "kid", "kid_deviation", "precision",
+    "cosine", "logit_real", "logit_fake", "deviation", "images_per_second", "seconds", "kimg", "seconds_per_kimg",
+    "memory_mib", "fd", "kid", "kid_deviation", "precision",
     "recall", "density", "coverage",
 )  # fmt: skip
 
