@@ -138,6 +138,34 @@ def runs_table() -> str:
     return markdown(rows)
 
 
+def gan_table() -> str:
+    """GANs trained on two cores."""
+    rows = []
+    for path in sorted(reporting.RESULTS.glob("gan-*-cpu.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))["result"]
+        rows.append(
+            {
+                "GAN": f"`{result['model']}`{', conditional' if result['conditional'] else ''}",
+                "steps": f"{result['steps']:,} × {result['batch_size']}",
+                "training": f"{result['seconds'] / 60:.0f} min",
+                "Fréchet distance": result["fd"],
+                "kernel distance": result["kid"],
+                "precision": result["precision"],
+                "recall": result["recall"],
+                "density": result["density"],
+                "coverage": result["coverage"],
+            }
+        )
+    if not rows:
+        return "Not measured yet.\n"
+    first = json.loads(next(reporting.RESULTS.glob("gan-*-cpu.json")).read_text(encoding="utf-8"))["result"]
+    return (
+        f"{markdown(rows)}\nReal CIFAR-100, {first['samples']:,} samples against {first['reference']}, features of a "
+        f"{first['extractor']} (`{first['extractor_sha256'][:12]}`), {first['resize']} resized: "
+        "`benchmarks/results/gan-MODEL-cpu.json`.\n"
+    )
+
+
 def spectral_table() -> str:
     """The discriminator's spectral norm."""
     return markdown(stored("spectral-cpu")["rows"]) + source("spectral-cpu")
@@ -153,6 +181,7 @@ def hinge_table() -> str:
 
 
 TABLES = {
+    "gan": gan_table,
     "operators": operators_table,
     "step": step_table,
     "runs": runs_table,

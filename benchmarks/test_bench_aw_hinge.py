@@ -4,7 +4,6 @@ The discriminator is aw_sngan's (390,417 parameters), batch 64. All variants of 
 so that a slow moment of the machine hits them alike; ratios are medians over rounds.
 """
 
-import math
 import statistics
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-from benchmarks.gan_case import DEVICE, Discriminator, median_ratio, take_turns
+from benchmarks.gan_case import DEVICE, Discriminator, median_ratio, take_turns, weigh_by_tensors
 from fastcifar import dispatch, native
 from fastcifar.nn import AdaptiveWeightedHinge
 
@@ -22,21 +21,6 @@ WEIGHTING_ROUNDS = 60
 # Goals: the share of a plain step that the weighting may add, and how many times faster it must be than one by tensors.
 OVERHEAD = 0.03 if DEVICE.type == "cuda" else 0.10
 SPEEDUP = 3.0
-
-
-def weigh_by_tensors(parameters, real, fake, s_r, s_f):
-    """The table of the weights as one would write it first: Python loops, decisions on the host."""
-    rr = sum((r * r).sum() for r in real) + 1e-4
-    ff = sum((f * f).sum() for f in fake) + 1e-4
-    rf = sum((r * f).sum() for r, f in zip(real, fake, strict=True)).item()
-    s_r, s_f, r, f = s_r.item(), s_f.item(), math.sqrt(rr.item()), math.sqrt(ff.item())
-    w_r, w_f = 1 / r, 1 / f
-    if s_r < 0.5 or s_r < s_f - 0.05:
-        w_f = -rf / (f * f * r) if rf <= 0 else 0.0
-    elif s_r > 0.75 and s_r > s_f - 0.05:
-        w_r = -rf / (r * r * f) if rf <= 0 else 0.0
-    for parameter, real_part, fake_part in zip(parameters, real, fake, strict=True):
-        parameter.grad = (w_r + 0.05) * real_part + (w_f + 0.05) * fake_part
 
 
 @pytest.fixture(params=["default", "tuned"])

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy
 import torch
 
-from fastcifar import command_line, data, validation
+from fastcifar import command_line, data, models, validation
 from fastcifar.training import checkpoint, classify, confusion, environment, evaluation, loop
 from fastcifar.training.options import Recipe
 
@@ -45,6 +45,11 @@ def main(arguments: Sequence[str]) -> int:
     environment.prepare_process(device, deterministic=False)
     saved = checkpoint.find(parsed.checkpoint, notify=print)
     chosen = Recipe(**{**loop.read_config(saved), "impl": parsed.impl, "device": parsed.device})
+    if chosen.model in models.list_models(gan=True):
+        raise checkpoint.CheckpointError(
+            f"{saved.path} holds the GAN {chosen.model}, which has no accuracy; its metrics: python -m fastcifar.train "
+            f"--resume {saved.path} --eval-only --classifier RUN"
+        )
     name = parsed.dataset or chosen.dataset
     dataset = data.load_dataset(name, parsed.data_dir or chosen.data_dir)
     for notice in dataset.notices:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from distributed_case import run_ranks
 from training_case import result_of, status_of, write_tiny
 
-from fastcifar import data, generate
+from fastcifar import data, evaluate, generate
 from fastcifar.training import checkpoint, distributed, recipe, sampling
 from fastcifar.training.adversarial import Adversarial
 from fastcifar.training.diff_augment import NUMBERS, diff_augment
@@ -277,6 +277,12 @@ def test_generate_refuses_in_one_line(arguments, words, run, tmp_path, capsys):
     assert drawn(run, "--output", tmp_path, *arguments) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and words in error
+
+
+def test_evaluate_refuses_a_gan(run, capsys):
+    assert status_of(["--checkpoint", run / "gan"], evaluate.main, "python -m fastcifar.evaluate") == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "holds the GAN aw_sngan" in error and "--eval-only" in error
 
 
 def test_generate_refuses_a_classifier(run, capsys):

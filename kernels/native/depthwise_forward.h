@@ -11,7 +11,10 @@ namespace depthwise {
 namespace FASTCIFAR_ISA {
 namespace {
 
-// Sums about a shift near the mean, [vector][lane] each, of the rows of one image.
+// Small images share their float32 sums up to so many values a channel before these go to float64.
+constexpr Index kValuesPerFlush = 512;
+
+// Sums about a shift near the mean, [vector][lane] each, of the rows of some images.
 struct ShiftedSums {
   float *shift, *sum, *square;
 };
@@ -95,8 +98,8 @@ struct Keep {
   };
 };
 
-// Chan's merge of an image's sums into (seen, mean, m2).
-void merge_image(const ShiftedSums& sums, int lanes, double count, double seen, double* mean, double* m2) {
+// Chan's merge of the sums of `count` values into (seen, mean, m2).
+void merge_sums(const ShiftedSums& sums, int lanes, double count, double seen, double* mean, double* m2) {
   const double weight = count / (seen + count);
   for (int i = 0; i < lanes; ++i) {
     const double sum = sums.sum[i];
@@ -131,6 +134,7 @@ struct Forward {
   Taps taps;
   ShiftedSums sums;
   float* row;  // [vector][output][lane]
+  bool fresh = true;  // the sums begin anew
   Ring ring;
 
   FASTCIFAR_INLINE explicit Forward(const ForwardTask& t)
@@ -207,7 +211,8 @@ struct Forward {
         activate_row(row, shape.out_width, *task.normaliser, channels, out_row, shape.channels);
         continue;
       }
-      if (o == task.range.row_begin) choose_shift(n);
+      if (fresh) choose_shift(n);
+      fresh = false;
       run(taps, shape.out_width, StoreAndSum<T>{{out_row, shape.channels, channels}, sums});
     }
   }
@@ -222,11 +227,16 @@ void forward(const ForwardTask& task) {
   if (task.normaliser == nullptr) {
     for (Index i = 0; i < lanes; ++i) task.mean[range.channel_begin + i] = task.m2[range.channel_begin + i] = 0.0;
   }
+  double seen = 0.0, pending = 0.0;
   for (Index n = range.image_begin; n < range.image_end; ++n) {
     sweep.image(n);
     if (task.normaliser != nullptr) continue;
-    merge_image(sweep.sums, lanes, count, count * double(n - range.image_begin), task.mean + range.channel_begin,
-                task.m2 + range.channel_begin);
+    pending += count;
+    if (pending < double(kValuesPerFlush) && n + 1 < range.image_end) continue;
+    merge_sums(sweep.sums, lanes, pending, seen, task.mean + range.channel_begin, task.m2 + range.channel_begin);
+    seen += pending;
+    pending = 0.0;
+    sweep.fresh = true;
   }
 }
 

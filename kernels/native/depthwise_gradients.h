@@ -75,7 +75,7 @@ struct Sweep {
   CorrelateRow correlate;
   Taps taps;
   Sums sums;
-  float* dweight;  // of one image, [tap][vector][lane]
+  float* dweight;  // of some images, [tap][vector][lane]
   Ring x_ring, dy_ring;
 
   FASTCIFAR_INLINE explicit Sweep(const GradientTask& t)
@@ -178,8 +178,20 @@ struct Sweep {
     }
   }
 
-  void image(Index n) {
+  void clear_dweight() {
     for (Index i = 0; i < shape.taps() * sums.sum_tap_step; ++i) dweight[i] = 0.0f;
+  }
+
+  void flush_dweight() {
+    for (Index t = 0; t < shape.taps(); ++t) {
+      double* total = task.dweight + t * padded + channels.begin;
+      const float* part = dweight + t * sums.sum_tap_step;
+      for (Index i = 0; i < sums.sum_tap_step; ++i) total[i] += double(part[i]);
+    }
+    clear_dweight();
+  }
+
+  void image(Index n) {
     x_ring.next = 0;
     Index q = range.row_begin;
     const auto advance = [&](Index end) FASTCIFAR_LAMBDA_INLINE {
@@ -197,20 +209,24 @@ struct Sweep {
         make_dx(i, dx + i * shape.width * shape.channels);
       }
     }
-    if (task.dweight == nullptr) return;
-    advance(range.row_end);
-    for (Index t = 0; t < shape.taps(); ++t) {
-      double* total = task.dweight + t * padded + channels.begin;
-      const float* part = dweight + t * sums.sum_tap_step;
-      for (Index i = 0; i < sums.sum_tap_step; ++i) total[i] += double(part[i]);
-    }
+    if (task.dweight != nullptr) advance(range.row_end);
   }
 };
 
 template <class T>
 void gradients(const GradientTask& task) {
   Sweep<T> sweep(task);
-  for (Index n = task.range.image_begin; n < task.range.image_end; ++n) sweep.image(n);
+  const Range& range = task.range;
+  const Index values = (range.row_end - range.row_begin) * task.shape.out_width;
+  Index pending = 0;
+  sweep.clear_dweight();
+  for (Index n = range.image_begin; n < range.image_end; ++n) {
+    sweep.image(n);
+    pending += values;
+    if (task.dweight == nullptr || (pending < kValuesPerFlush && n + 1 < range.image_end)) continue;
+    sweep.flush_dweight();
+    pending = 0;
+  }
 }
 
 }  // namespace
