@@ -51,6 +51,8 @@ def load_gan(saved: checkpoint.Checkpoint, *, average: bool = True) -> tuple[mod
             f"{saved.path} holds the classifier {recipe.model}; generating needs the run of a GAN "
             f"({', '.join(models.list_models(gan=True))})"
         )
+    if "class_names" not in saved.state:
+        raise checkpoint.CheckpointError(f"{saved.path} names no classes; the file is damaged")
     names = tuple(saved.state["class_names"])
     gan = build_gan(recipe, len(names))
     gan.load_state_dict({n.removeprefix("model."): t for n, t in saved.tensors.items() if n.startswith("model.")})
