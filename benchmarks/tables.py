@@ -166,6 +166,11 @@ def gan_table() -> str:
     )
 
 
+def gan_step_table() -> str:
+    """A whole step of aw_sngan."""
+    return markdown(stored("gan-step-cpu")["rows"]) + source("gan-step-cpu")
+
+
 def spectral_table() -> str:
     """The discriminator's spectral norm."""
     return markdown(stored("spectral-cpu")["rows"]) + source("spectral-cpu")
@@ -182,6 +187,7 @@ def hinge_table() -> str:
 
 TABLES = {
     "gan": gan_table,
+    "gan-step": gan_step_table,
     "operators": operators_table,
     "step": step_table,
     "runs": runs_table,
