@@ -141,7 +141,7 @@ def runs_table() -> str:
 def gan_table() -> str:
     """GANs trained on two cores."""
     rows = []
-    for path in sorted(reporting.RESULTS.glob("gan-*-cpu.json")):
+    for path in sorted(reporting.RESULTS.glob("gan-run-*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))["result"]
         rows.append(
             {
@@ -158,11 +158,11 @@ def gan_table() -> str:
         )
     if not rows:
         return "Not measured yet.\n"
-    first = json.loads(next(reporting.RESULTS.glob("gan-*-cpu.json")).read_text(encoding="utf-8"))["result"]
+    first = json.loads(next(reporting.RESULTS.glob("gan-run-*.json")).read_text(encoding="utf-8"))["result"]
     return (
         f"{markdown(rows)}\nReal CIFAR-100, {first['samples']:,} samples against {first['reference']}, features of a "
-        f"{first['extractor']} (`{first['extractor_sha256'][:12]}`), {first['resize']} resized: "
-        "`benchmarks/results/gan-MODEL-cpu.json`.\n"
+        f"{first['extractor']} (`{first['extractor_sha256'][:12]}`), resized: {first['resize']}: "
+        "`benchmarks/results/gan-run-MODEL.json`.\n"
     )
 
 
