@@ -171,6 +171,20 @@ def gan_step_table() -> str:
     return markdown(stored("gan-step-cpu")["rows"]) + source("gan-step-cpu")
 
 
+def passes_table() -> str:
+    """Each pass of the CPU core."""
+    found = stored("passes-cpu")
+    parts = []
+    for name, operator in (("depthwise", "depthwise_conv_bn_act"), ("batch_norm", "batch_norm_act")):
+        by_input: dict[str, dict[str, Any]] = {}
+        for row in found[name]:
+            line = by_input.setdefault(row["input"], {operator: row["input"]})
+            line[row["pass"]] = f"{row['ms']:.2f} ms, {row['% of copy rate']:.0f} %"
+        parts.append(markdown(list(by_input.values())))
+    text = "Milliseconds, and the share of the rate at which x is copied; bfloat16."
+    return f"{chr(10).join(parts)}\n{text}\n{source('passes-cpu')}"
+
+
 def spectral_table() -> str:
     """The discriminator's spectral norm."""
     return markdown(stored("spectral-cpu")["rows"]) + source("spectral-cpu")
@@ -186,6 +200,7 @@ def hinge_table() -> str:
 
 
 TABLES = {
+    "passes": passes_table,
     "gan": gan_table,
     "gan-step": gan_step_table,
     "operators": operators_table,

@@ -31,6 +31,14 @@ def _parser() -> command_line.Parser:
     return parser
 
 
+def _refuse_gan(chosen: Recipe, saved: checkpoint.Checkpoint) -> None:
+    if chosen.model in models.list_models(gan=True):
+        raise checkpoint.CheckpointError(
+            f"{saved.path} holds the GAN {chosen.model}, which has no accuracy; its metrics: python -m fastcifar.train "
+            f"--resume {saved.path} --eval-only --classifier RUN"
+        )
+
+
 def main(arguments: Sequence[str]) -> int:
     """Evaluates as the arguments say; returns the exit status.
 
@@ -45,11 +53,7 @@ def main(arguments: Sequence[str]) -> int:
     environment.prepare_process(device, deterministic=False)
     saved = checkpoint.find(parsed.checkpoint, notify=print)
     chosen = Recipe(**{**loop.read_config(saved), "impl": parsed.impl, "device": parsed.device})
-    if chosen.model in models.list_models(gan=True):
-        raise checkpoint.CheckpointError(
-            f"{saved.path} holds the GAN {chosen.model}, which has no accuracy; its metrics: python -m fastcifar.train "
-            f"--resume {saved.path} --eval-only --classifier RUN"
-        )
+    _refuse_gan(chosen, saved)
     name = parsed.dataset or chosen.dataset
     dataset = data.load_dataset(name, parsed.data_dir or chosen.data_dir)
     for notice in dataset.notices:
