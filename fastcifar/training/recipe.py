@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastcifar import models, validation
+from fastcifar.metrics import METRICS
 from fastcifar.training.options import Recipe, flag
 
 # The published recipe gives no strength for its colour jitter; 0.1 is ours.
@@ -42,7 +43,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {"seed": _SEED, "fast": _FAST, "demo"
 
 # A small plain network without batch norm diverges at the rates that the others learn fastest with.
 _BY_MODEL = {"small_filters_cnn": {"fast": {"lr": 0.1}, "demo": {"lr": 0.1}}}
-METRICS = ("fd", "kid", "prdc")
 POLICIES = ("color", "translation", "cutout")
 _WARMUP_SHARE = {"constant": 0.0, "cosine": 0.05, "linear": 0.2, "onecycle": 0.3}
 

@@ -12,7 +12,9 @@ from torch import nn
 
 from fastcifar import data, metrics, models
 from fastcifar.training import checkpoint as checkpoints
+from fastcifar.training.classify import load_weights
 from fastcifar.training.options import Recipe
+from fastcifar.training.recipe import names
 
 _GRID_CLASSES, _GRID_SAMPLES, _BATCH = 10, 8, 250
 # Apart from the numbers of training steps.
@@ -144,7 +146,7 @@ class Judge:
     """
 
     def __init__(self, recipe: Recipe, dataset: data.ImageDataset, device: torch.device):
-        self.wanted = tuple(name.strip() for name in recipe.metrics.split(",") if name.strip())
+        self.wanted = names("--metrics", recipe.metrics, metrics.METRICS)
         self.count, self.device = recipe.metric_samples, device
         saved = checkpoints.find(pathlib.Path(recipe.classifier), notify=lambda text: None)
         self.extractor = classifier_features(saved, dataset, device)
@@ -177,8 +179,6 @@ def classifier_features(
     Raises:
         ValueError: the checkpoint is of a GAN or of another number of classes.
     """
-    from fastcifar.training.classify import load_weights
-
     config = saved.state["config"]
     if config["model"] in models.list_models(gan=True):
         raise ValueError(f"{saved.path} holds the GAN {config['model']}; --classifier needs a classifier's run")
