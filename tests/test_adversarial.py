@@ -94,8 +94,11 @@ def test_real_and_generated_images_meet_the_same_discriminator(tiny):
     task.discriminator.convolutions[0].register_forward_hook(
         lambda module, inputs, output: seen.append(module.weight.detach().clone())
     )
+    u = task.discriminator.convolutions[0].parametrizations.weight[0]._u
+    before = u.clone()
     task.train_step(0)
     assert len(seen) == 3 and torch.equal(seen[0], seen[1])
+    assert not torch.equal(u, before)  # the group made its step
 
 
 def test_a_bad_step_changes_no_weight(tiny):
