@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from benchmarks import timing
+from benchmarks import agreement, timing
 from benchmarks.timing import DEVICE
 from fastcifar import dispatch, functional
 
@@ -48,7 +47,6 @@ LARGE_DEPTHWISE = [(512, 128, 32, 3, 1), (128, 96, 112, 3, 1), (128, 240, 28, 5,
 LARGE_BATCH_NORM = [(512, 128, 32, True), (128, 144, 56, False)]
 # On a CPU compiling takes longer than all else: only these, unless --compile asks for all.
 COMPILED = {(512, 32, 32, 3, 1), (512, 64, 16, 3, 2), (512, 32, 32, False)}
-PHASES = ("forward", "backward", "both")
 
 
 class Variant:
@@ -222,18 +220,6 @@ def _depthwise_flags(kind: str) -> dict[str, Any]:
     return {"enabled": kind == "cudnn"}
 
 
-def disagreeing(subject: Subject, compared: Mapping[str, Variant]) -> list[str]:
-    """Names of those that are not as near to float64 as eager, within a factor of three and a few roundings."""
-    exact, eager = subject.exact(), compared["eager"].results()
-    eps = torch.finfo(subject.x.dtype).eps
-
-    def agrees(got: Sequence[torch.Tensor]) -> bool:
-        limits = (3 * (low - e).abs().max() + 4 * eps * e.abs().max() for low, e in zip(eager, exact, strict=True))
-        return all((g - e).abs().max() <= limit for g, e, limit in zip(got, exact, limits, strict=True))
-
-    return [name for name, variant in compared.items() if name != "eager" and not agrees(variant.results())]
-
-
 def measure(subject: Subject, *, compiled: bool, **effort: Any) -> tuple[list[dict[str, Any]], list[float]]:
     """Rows of every alternative and phase, and the rounds of ours (of eager where there is none) as a whole.
 
@@ -241,37 +227,15 @@ def measure(subject: Subject, *, compiled: bool, **effort: Any) -> tuple[list[di
         ArithmeticError: ours does not agree with float64; nothing was timed.
     """
     compared = variants(subject, compiled)
-    refused = disagreeing(subject, compared)
-    if ours(subject) in refused:
-        raise ArithmeticError(f"{subject.operator} {subject.label}: {ours(subject)} does not agree with float64")
-    for name in refused:
-        del compared[name]
+    results = {name: variant.results for name, variant in compared.items()}
+    eps = torch.finfo(subject.x.dtype).eps
+    refused = agreement.refused(results, subject.exact(), eager="eager", ours=ours(subject), eps=eps)
     source = subject.x.detach()
     target = torch.empty_like(source)
-    calls = {name: variant.step for name, variant in compared.items()} | {"copy": lambda: target.copy_(source)}
-    rows = [{"operator": subject.operator, "input": subject.label, "what": name, "refused": True} for name in refused]
-    peaks = {name: timing.peak_mib(call) for name, call in calls.items()}
-    for l2 in ("cold", "warm") if DEVICE.type == "cuda" else (None,):
-        found = timing.in_turns(calls, **effort, l2=l2)
-        rows += _rows(subject, found, peaks, l2)
-    return rows, timing.whole(next(iter(found.values())))
-
-
-def _rows(subject: Subject, found: Mapping[str, Any], peaks: Mapping[str, float], l2: str | None) -> list[dict]:
-    size = subject.x.numel() * subject.x.element_size()
-    copied = statistics.median(found["copy"]["whole"])
-    rate, moved, operations = 2 * size / copied, subject.bytes_moved(), subject.multiply_adds()
-    product = timing.machine()["float32 matrix product, GFLOP/s"] * 1e9 / 2
-    about = {"operator": subject.operator, "input": subject.label} | ({} if l2 is None else {"L2": l2})
-    rows = [{**about, "what": "copy", "phase": "both", "ms": 1e3 * copied, "bytes": 2 * size, "GB/s": rate / 1e9}]
-    for name, phases in found.items():
-        if name == "copy":
-            continue
-        for phase in PHASES:
-            seconds = statistics.median(timing.whole(phases) if phase == "both" else phases[phase])
-            floor = max(moved[phase] / rate, operations[phase] / product)
-            row = {**about, "what": name, "phase": phase, "ms": 1e3 * seconds, "floor, ms": 1e3 * floor}
-            row |= {"bytes": moved[phase], "multiply-adds": operations[phase], "GB/s": moved[phase] / seconds / 1e9}
-            row["% of copy rate"] = 100 * moved[phase] / seconds / rate
-            rows.append(row | ({"peak, MiB": peaks[name]} if phase == "both" else {}))
-    return rows
+    calls = {name: variant.step for name, variant in compared.items() if name not in refused}
+    calls["copy"] = lambda: target.copy_(source)
+    size = 2 * source.numel() * source.element_size()
+    about = {"operator": subject.operator, "input": subject.label}
+    return timing.measure(
+        calls, about, refused, copied=size, moved=subject.bytes_moved(), operations=subject.multiply_adds(), **effort
+    )

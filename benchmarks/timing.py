@@ -28,57 +28,49 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # More than the L2 cache of any GPU so far; and cycles of about a millisecond, in which the host queues all launches.
 FLUSHED_BYTES, LEAD_CYCLES = 256 * 2**20, 2_000_000
 
+# Operators are timed in each of these.
+L2_STATES = ("cold", "warm") if DEVICE.type == "cuda" else (None,)
+
 Call = Callable[[], Any]
 
 
 class _HostClock:
-    """Wall time; on a GPU each phase ends when the device has finished it."""
+    """Wall time."""
 
     def begin(self) -> None:
-        _synchronise()
-        self._last = time.perf_counter()
-        self._laps: list[float] = []
+        self._times = [time.perf_counter()]
 
     def lap(self) -> None:
-        _synchronise()
-        now = time.perf_counter()
-        self._laps.append(now - self._last)
-        self._last = now
+        self._times.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        return self._laps
+        return [last - first for first, last in itertools.pairwise(self._times)]
 
 
 class _DeviceClock:
-    """Time between events on the GPU, which is kept busy while the host queues the work: launches cost nothing."""
+    """Time between events on the GPU. With a state of the L2 cache the GPU is kept busy while the host queues the
+    work, so that launches cost nothing; without, waiting for the host counts, as in training."""
 
-    def __init__(self, cold: bool):
-        self._flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=DEVICE) if cold else None
+    def __init__(self, l2: str | None):
+        self._l2 = l2
+        self._flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=DEVICE) if l2 == "cold" else None
 
     def begin(self) -> None:
-        _synchronise()
+        torch.cuda.synchronize()
         if self._flushed is not None:
             self._flushed.zero_()
-        torch.cuda._sleep(LEAD_CYCLES)
-        self._events = [self._event()]
+        if self._l2 is not None:
+            torch.cuda._sleep(LEAD_CYCLES)
+        self._events: list[torch.cuda.Event] = []
+        self.lap()
 
     def lap(self) -> None:
-        self._events.append(self._event())
+        self._events.append(torch.cuda.Event(enable_timing=True))
+        self._events[-1].record()
 
     def seconds(self) -> list[float]:
         self._events[-1].synchronize()
         return [first.elapsed_time(last) / 1000 for first, last in itertools.pairwise(self._events)]
-
-    @staticmethod
-    def _event() -> torch.cuda.Event:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
-def _synchronise() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _phases(call: Call) -> Iterator[str]:
@@ -119,15 +111,15 @@ def in_turns(
         l2: on a GPU, "cold" or "warm" give device time with the L2 cache emptied before a call, or with the same call
             run just before; None gives wall time, launches included.
     """
-    device = DEVICE.type == "cuda" and l2 is not None
-    clock = _DeviceClock(l2 == "cold") if device else _HostClock()
+    on_gpu = DEVICE.type == "cuda"
+    clock = _DeviceClock(l2) if on_gpu else _HostClock()
     found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in calls}
     started = time.perf_counter()
     for number in range(warmup + rounds):
         if number - warmup >= 3 and time.perf_counter() - started > budget:
             break
         for name, call in calls.items():
-            if device and l2 == "warm":
+            if on_gpu and l2 == "warm":
                 run(call)
             laps = _once(call, clock)
             if number >= warmup:
@@ -166,6 +158,47 @@ def peak_mib(call: Call) -> float:
     changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     sizes = [event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())]
     return max(itertools.accumulate(sizes), default=0) / 2**20
+
+
+def measure(
+    calls: Mapping[str, Call],
+    about: Mapping[str, Any],
+    refused: Mapping[str, str],
+    *,
+    copied: int,
+    moved: Mapping[str, int],
+    operations: Mapping[str, int],
+    **effort: Any,
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """Rows of every call and phase, on a GPU with a cold and a warm L2 cache, and the rounds of the first as a whole.
+
+    Args:
+        calls: by name, with the same phases; "copy", as a whole, is the ceiling.
+        about: what every row begins with.
+        refused: names that are not timed, and why.
+        copied: bytes that the copy reads and writes.
+        moved: bytes that our scheme moves, by phase and for "both": effective rates of all calls follow from these.
+        operations: multiply-adds, likewise.
+        effort: options of `in_turns`.
+    """
+    rows = [{**about, "what": name, "refused": reason} for name, reason in refused.items()]
+    peaks = {name: peak_mib(call) for name, call in calls.items()}
+    product = machine()["float32 matrix product, GFLOP/s"] * 1e9 / 2
+    for l2 in L2_STATES:
+        found = in_turns(calls, **effort, l2=l2)
+        start = {**about, "L2": l2} if l2 else dict(about)
+        copy = statistics.median(found["copy"]["whole"])
+        rate = copied / copy
+        rows.append({**start, "what": "copy", "phase": "both", "ms": 1e3 * copy, "bytes": copied, "GB/s": rate / 1e9})
+        for name in calls:
+            phases = {**found[name], "both": whole(found[name])} if name != "copy" else {}
+            for phase, laps in phases.items():
+                seconds, floor = statistics.median(laps), max(moved[phase] / rate, operations[phase] / product)
+                row = {**start, "what": name, "phase": phase, "ms": 1e3 * seconds, "floor, ms": 1e3 * floor}
+                row |= {"bytes": moved[phase], "multiply-adds": operations[phase], "GB/s": moved[phase] / seconds / 1e9}
+                row["% of copy rate"] = 100 * moved[phase] / seconds / rate
+                rows.append(row | ({"peak, MiB": peaks[name]} if phase == "both" else {}))
+    return rows, whole(found[next(iter(calls))])
 
 
 @functools.cache
