@@ -57,6 +57,15 @@ def test_step_of_a_fused_network(keep, smoke, effort, name):
     torch.compiler.reset()
 
 
+@marker
+def test_parts_of_a_step(keep, smoke):
+    drawn = training_step.loader(4 if smoke else 512, torch.bfloat16).batch(0)
+    step = training_step.Step(models.create_model("ds_resnet"), drawn.images.float(), drawn.labels)
+    found = training_step.parts(step, rounds=1 if smoke else 5)
+    rows = [{"model": "ds_resnet", "batch": len(drawn.labels), "part": p, "ms": 1e3 * s} for p, s in found.items()]
+    keep("step-parts", rows, [sum(found.values())])
+
+
 @pytest.mark.benchmark(group="loader", timer=timing.replayed)
 def test_loader_alone(keep, smoke, effort):
     batch = 4 if smoke else 512

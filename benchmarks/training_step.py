@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import statistics
 import subprocess
 import sys
@@ -152,6 +153,28 @@ def compare(
     return rows, timing.whole(found["ours"])
 
 
+def parts(step: Step, rounds: int = 5) -> dict[str, float]:
+    """Seconds of a step in the fused operators, in convolutions and in everything else, by torch.profiler.
+
+    On a CPU also what the profiler itself costs; on a GPU what the kernels take.
+    """
+    activity = torch.profiler.ProfilerActivity
+    on_gpu = DEVICE.type == "cuda"
+    timing.run(step.step)
+    with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if on_gpu else [])]) as profile:
+        for _ in range(rounds):
+            timing.run(step.step)
+    found = {"fused operators": 0.0, "convolutions": 0.0, "everything else": 0.0}
+    for event in profile.key_averages():
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # a kernel, which counts where it was launched
+        is_ours = event.key.startswith("fastcifar::")
+        part = "fused operators" if is_ours else "convolutions" if "convolution" in event.key else "everything else"
+        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        found[part] += microseconds / 1e6 / rounds
+    return found
+
+
 def start_up_seconds() -> float:
     """From launching the interpreter to the first step's end, with the synthetic images."""
     code = (
@@ -166,9 +189,15 @@ def start_up_seconds() -> float:
     return time.perf_counter() - started
 
 
+@functools.cache
+def dataset() -> data.ImageDataset:
+    """The synthetic images."""
+    return data.load_dataset("synthetic")
+
+
 def loader(batch_size: int, dtype: torch.dtype) -> data.ResidentLoader:
     """Augmented batches of the synthetic images."""
-    made = data.load_dataset("synthetic")
+    made = dataset()
     return data.ResidentLoader(
         made.train_images,
         made.train_labels,
