@@ -17,7 +17,9 @@ _TABLES: dict[str, list[dict[str, Any]]] = defaultdict(list)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """--store, --output, --compile."""
-    parser.addoption("--store", action="store_true", help="keep the rows in benchmarks/results/DEVICE-torchVERSION.json")
+    parser.addoption(
+        "--store", action="store_true", help="keep the rows in benchmarks/results/DEVICE-torchVERSION.json"
+    )
     parser.addoption("--output", type=pathlib.Path, metavar="FOLDER", help="keep that file in this folder instead")
     parser.addoption("--compile", action="store_true", help="torch.compile beside every operator also on a CPU")
 

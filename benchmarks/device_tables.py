@@ -155,7 +155,9 @@ def spectral_table(rows: Rows) -> str:
     for (layers, passes, l2), by_name in grouped(chosen, "layers", "forward passes", "L2").items():
         line = {"layers": layers, "forward passes": passes} | ({} if l2 is None else {"L2": l2})
         line |= {f"{name}, ms": row["ms"] for name, row in by_name.items()}
-        line |= {f"{name} / group": by_name[name]["ms"] / by_name["group"]["ms"] for name in ("torch", "batched products")}
+        line |= {
+            f"{name} / group": by_name[name]["ms"] / by_name["group"]["ms"] for name in ("torch", "batched products")
+        }
         table.append(line)
     return markdown(uniform(table)) + refusals(rows)
 
@@ -211,8 +213,8 @@ def floors_table() -> str:
 @for_each_device("step-parts", "machine", "steps")
 def parts_table(parts: Rows, machine: Rows, steps: Rows) -> str:
     """Predicted beside measured, by part of a step."""
-    on_gpu = next(kind for kind, (_, c) in files().items() if c["machine"]["rows"] == machine) == "gpu"
-    found = {row["kind"]: 1e3 * row["seconds"] for row in model.by_kind(model.layers(on_gpu=on_gpu), model.rates(machine[0]))}
+    layers = model.layers(on_gpu=machine[0]["device"] == "cuda")
+    found = {row["kind"]: 1e3 * row["seconds"] for row in model.by_kind(layers, model.rates(machine[0]))}
     predicted = {
         "fused operators": found["batch_norm_act"] + found["depthwise_conv_bn_act"],
         "convolutions": found["convolution"],

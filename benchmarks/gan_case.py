@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 
-
 class Discriminator(nn.Module):
     """aw_sngan's, 390,417 parameters: seven spectrally normalised convolutions, a head, a projection of the label."""
 

@@ -1,10 +1,11 @@
 """What a training step of ds_resnet must move and compute, layer by layer, and how fast a device could do it at best.
 
 Counted from the network itself: tensors in bfloat16, each read and written as often as the implementation's passes do
-(a CPU stores what the depthwise convolution gives, a GPU computes it again); convolutions read their input and write
-their output, backward read the output's gradient twice, the input once and write its gradient; a block's input receives
-the sum of two gradients. Weights, vectors and the head's few numbers are left out. A layer's floor is the larger of bytes over the copy rate and operations over the rate
-of their unit: bfloat16 products for convolutions, float32 multiply-adds for the fused operators.
+(a CPU stores what the depthwise convolution gives, a GPU computes it again). Convolutions read their input and write
+their output; backward they read the output's gradient twice, the input once, and write its gradient. A block's input
+receives the sum of two gradients. Weights, vectors and the head's few numbers are left out. A layer's floor is the
+larger of bytes over the copy rate and operations over the rate of their unit: bfloat16 products for convolutions,
+float32 arithmetic for the fused operators.
 """
 
 from __future__ import annotations
@@ -23,6 +24,34 @@ from fastcifar.nn import BatchNormAct, DepthwiseConvBNAct
 BATCH = 512
 # Vendor's data sheet for the SXM part: memory, float32 and dense bfloat16 arithmetic.
 H200 = {"memory, GB/s": 4800.0, "float32, GFLOP/s": 67_000.0, "bfloat16, GFLOP/s": 989_000.0}
+
+
+# Operations a value of normalising and activating: two sums, scale and shift, activation; backward all of it again, two
+# more sums, the gradient.
+NORMALISING, NORMALISING_BACKWARD = 6, 12
+
+
+def fused_bytes(x: int, z: int, *, kernel: int | None, residual: bool, on_gpu: bool) -> tuple[int, int]:
+    """Bytes that a fused operator moves forward and backward.
+
+    Args:
+        x, z: bytes of input and output.
+        kernel: size of the depthwise convolution, None: batch norm alone.
+        residual: whether one is added.
+        on_gpu: whether the convolution is computed again instead of stored (not for strides).
+    """
+    if kernel is None:
+        return (4 * x, 7 * x) if residual else (3 * x, 5 * x)
+    if on_gpu and 2 * z > x:
+        return 2 * x + z, 3 * x + 2 * z if kernel == 3 else 5 * x + 4 * z
+    # x → y, y → z; y, dz → sums, x, y, dz → dx.
+    return x + 3 * z, 2 * x + 4 * z
+
+
+def fused_operations(values: int, taps: int) -> tuple[int, int]:
+    """Operations of a fused operator of so many output values forward and backward: a convolution and its two
+    gradients, and normalising; what a GPU repeats of them costs nothing beside its memory."""
+    return values * (2 * taps + NORMALISING), values * (4 * taps + NORMALISING_BACKWARD)
 
 
 @dataclass(frozen=True)
@@ -88,11 +117,10 @@ def _layer(name, module, inputs: Sequence[torch.Tensor], output, batch: int, on_
     if isinstance(module, ResidualBlock):
         return Layer(name, "gradient sum", shape.partition(" →")[0], 0, 3 * x, 0, 0)
     if isinstance(module, BatchNormAct):
-        forward, backward = (4 * x, 7 * x) if len(inputs) > 1 else (3 * x, 5 * x)
-        return Layer(name, "batch_norm_act", shape, forward, backward, 0, 0)
-    operations = 2 * values * module.weight[0].numel()
-    forward, backward = (2 * x + z, 3 * x + 2 * z) if on_gpu and 2 * z > x else (x + 3 * z, 2 * x + 4 * z)
-    return Layer(name, "depthwise_conv_bn_act", shape, forward, backward, operations, 2 * operations)
+        moved = fused_bytes(x, z, kernel=None, residual=len(inputs) > 1, on_gpu=on_gpu)
+        return Layer(name, "batch_norm_act", shape, *moved, *fused_operations(values, 0))
+    moved = fused_bytes(x, z, kernel=module.weight.shape[-1], residual=False, on_gpu=on_gpu)
+    return Layer(name, "depthwise_conv_bn_act", shape, *moved, *fused_operations(values, module.weight[0].numel()))
 
 
 def rates(machine: Mapping[str, float]) -> dict[str, float]:

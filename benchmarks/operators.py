@@ -3,7 +3,7 @@
 Alternatives on a GPU: Triton, eager contiguous and channels-last, eager with cuDNN's and with PyTorch's own depthwise
 kernels, torch.compile; on a CPU: native, eager contiguous and channels-last, torch.compile. Training mode. Nothing is
 timed that is not as near to float64 as eager is. The floor is the larger of two times: the bytes that the scheme moves
-at the rate of a copy of x, and its multiply-adds at the rate of a matrix product, both measured in the same run.
+at the rate of a copy of x, and its operations at the rate of a matrix product, both measured in the same run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import agreement, timing
+from benchmarks import agreement, model, timing
 from benchmarks.timing import DEVICE
 from fastcifar import dispatch, functional
 
@@ -128,23 +128,20 @@ class Subject:
             self.leaves, self.dz = kept, dz
 
     def bytes_moved(self) -> dict[str, int]:
-        """By the fused scheme in each phase: recomputed on a GPU, with y stored on a CPU and for strides."""
+        """By the fused scheme of this device in each phase."""
         x, z = (t.numel() * t.element_size() for t in (self.x, self.dz))
-        if self.operator == "batch_norm_act":
-            forward, backward = (4 * x, 7 * x) if "residual" in self.leaves else (3 * x, 5 * x)
-        elif DEVICE.type == "cuda" and 2 * z > x:
-            forward = 2 * x + z
-            backward = 3 * x + 2 * z if self.kernel_size == (3, 3) else 5 * x + 4 * z
-        else:
-            # x → y, y → z; y, dz → sums, x, y, dz → dx.
-            forward, backward = x + 3 * z, 2 * x + 4 * z
-        return {"forward": forward, "backward": backward, "both": forward + backward}
+        kernel = None if self.kernel_size is None else self.kernel_size[0]
+        residual, on_gpu = "residual" in self.leaves, DEVICE.type == "cuda"
+        return _phases(*model.fused_bytes(x, z, kernel=kernel, residual=residual, on_gpu=on_gpu))
 
-    def multiply_adds(self) -> dict[str, int]:
-        """Of a convolution and its two gradients; what a GPU repeats of them costs nothing beside its memory."""
+    def operations(self) -> dict[str, int]:
+        """Of each phase."""
         taps = 0 if self.kernel_size is None else self.kernel_size[0] * self.kernel_size[1]
-        forward = taps * self.dz.numel()
-        return {"forward": forward, "backward": 2 * forward, "both": 3 * forward}
+        return _phases(*model.fused_operations(self.dz.numel(), taps))
+
+
+def _phases(forward: int, backward: int) -> dict[str, int]:
+    return {"forward": forward, "backward": backward, "both": forward + backward}
 
 
 def _normal(*shape: int, device: torch.device, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -237,5 +234,5 @@ def measure(subject: Subject, *, compiled: bool, **effort: Any) -> tuple[list[di
     size = 2 * source.numel() * source.element_size()
     about = {"operator": subject.operator, "input": subject.label}
     return timing.measure(
-        calls, about, refused, copied=size, moved=subject.bytes_moved(), operations=subject.multiply_adds(), **effort
+        calls, about, refused, copied=size, moved=subject.bytes_moved(), operations=subject.operations(), **effort
     )

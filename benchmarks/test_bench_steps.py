@@ -20,7 +20,9 @@ marker = pytest.mark.benchmark(group="training step, bfloat16", timer=timing.rep
 
 
 @marker
-@pytest.mark.parametrize(("name", "width", "batch"), [("ds_resnet", 1, 512), ("ds_resnet_x2", 2, 512 if ON_GPU else 128)])
+@pytest.mark.parametrize(
+    ("name", "width", "batch"), [("ds_resnet", 1, 512), ("ds_resnet_x2", 2, 512 if ON_GPU else 128)]
+)
 def test_step_of_a_classifier(keep, smoke, effort, name, width, batch):
     drawn = training_step.loader(4 if smoke else batch, torch.bfloat16).batch(0)
     compiled = {} if smoke else COMPILED_GPU if ON_GPU else COMPILED if name == "ds_resnet" else {}
