@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--store", action="store_true", help="keep the rows in benchmarks/results/DEVICE-torchVERSION.json"
     )
     parser.addoption("--output", type=pathlib.Path, metavar="FOLDER", help="keep that file in this folder instead")
-    parser.addoption("--compile", action="store_true", help="torch.compile beside every operator also on a CPU")
+    parser.addoption("--compile", action="store_true", help="torch.compile beside every operator")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -43,28 +43,33 @@ def effort(smoke: bool) -> dict[str, Any]:
 
 
 @pytest.fixture
-def keep(benchmark: Any) -> Callable[..., None]:
-    """keep(table, rows, rounds): rows for the table of that name, and the rounds of ours for pytest-benchmark."""
+def keep(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """keep(table, rows, rounds): rows for the table of that name, and the rounds of ours for pytest-benchmark.
+
+    What is stored is stored at once, so that a run that is cut short leaves what it has.
+    """
 
     def hand_over(table: str, rows: Sequence[dict[str, Any]], rounds: Sequence[float]) -> None:
         if benchmark.enabled:
             _TABLES[table] += rows
+            folder = _folder(request.config)
+            if folder is not None:
+                reporting.store({table: _TABLES[table], "machine": [timing.machine()]}, folder)
         timing.hand_over(benchmark, rounds, rows=rows, **reporting.circumstances())
 
     return hand_over
 
 
+def _folder(config: pytest.Config) -> pathlib.Path | None:
+    """Where rows are kept. A stored table holds all its rows, so nothing is kept of a selection."""
+    if config.getoption("keyword"):
+        return None
+    return config.getoption("output") or (reporting.RESULTS if config.getoption("--store") else None)
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Prints the tables and keeps them."""
-    if not _TABLES:
-        return
-    _TABLES["machine"] = [timing.machine()]
-    for name, rows in _TABLES.items():
+    """Prints the tables."""
+    for name, rows in (_TABLES | ({"machine": [timing.machine()]} if _TABLES else {})).items():
         names = list(dict.fromkeys(key for row in rows for key in row))
         terminalreporter.section(name)
         terminalreporter.write_line(reporting.table([{key: row.get(key) for key in names} for row in rows]))
-    folder = config.getoption("output") or (reporting.RESULTS if config.getoption("--store") else None)
-    if folder is not None and config.getoption("keyword"):
-        terminalreporter.write_line("nothing is kept of a run with -k: a stored table holds all its rows")
-    elif folder is not None:
-        terminalreporter.write_line(str(reporting.store(_TABLES, folder)))

@@ -98,17 +98,17 @@ class Step:
         self._optimiser.step()
         yield "optimiser"
 
-    def results(self) -> list[torch.Tensor]:
-        """The loss, and the gradient of all parameters as one vector, float64."""
+    def results(self, count: int) -> list[torch.Tensor]:
+        """The loss of the first images, and the gradient of all parameters as one vector, float64."""
         self._optimiser.zero_grad(set_to_none=True)
-        loss = self._loss()
+        loss = self._loss(count)
         loss.backward()
         gradients = [p.grad.flatten() for p in self.model.parameters()]
         return [loss.detach().double(), torch.cat(gradients).double()]
 
-    def _loss(self) -> torch.Tensor:
+    def _loss(self, count: int | None = None) -> torch.Tensor:
         with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.images.dtype != torch.float64):
-            return F.cross_entropy(self._forward(self.images), self.labels)
+            return F.cross_entropy(self._forward(self.images[:count]), self.labels[:count])
 
 
 def compare(
@@ -118,6 +118,7 @@ def compare(
     labels: torch.Tensor,
     *,
     compiled: Mapping[str, dict],
+    checked: int,
     **effort: Any,
 ) -> tuple[list[dict[str, Any]], list[float]]:
     """Rows of a step of ours, of the original in both layouts, and of it compiled; and the rounds of ours.
@@ -127,6 +128,7 @@ def compare(
         images: [N, 3, H, W].
         labels: [N].
         compiled: options of torch.compile by the name of the row.
+        checked: so many images must give the loss and the gradients of float64.
         effort: options of `timing.in_turns`.
 
     Raises:
@@ -135,12 +137,12 @@ def compare(
     with torch.no_grad():
         for mine, theirs in zip(ours.parameters(), original.parameters(), strict=True):
             mine.copy_(theirs)
-    exact = Step(copy.deepcopy(original).double(), images.double(), labels).results()
+    exact = Step(copy.deepcopy(original).double(), images[:checked].double(), labels[:checked]).results(checked)
     steps = {"ours": Step(ours, images, labels), "eager": Step(copy.deepcopy(original), images, labels)}
     steps["eager, contiguous"] = Step(copy.deepcopy(original), images, labels, layout=torch.contiguous_format)
     for name, options in compiled.items():
         steps[name] = Step(copy.deepcopy(original), images, labels, compiled=options)
-    results = {name: step.results for name, step in steps.items()}
+    results = {name: functools.partial(step.results, checked) for name, step in steps.items()}
     refused = agreement.refused(results, exact, eager="eager", ours="ours", eps=torch.finfo(torch.bfloat16).eps)
     calls = {name: step.step for name, step in steps.items() if name not in refused}
     found = timing.in_turns(calls, **effort)

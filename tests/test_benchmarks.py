@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import agreement, compare, device_tables, model, operators, report, reporting, timing
+from fastcifar import train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
@@ -133,9 +134,9 @@ def test_operators_and_model_count_the_same():
     assert subject.bytes_moved()["both"] == layer.bytes and subject.operations()["both"] == layer.operations
 
 
-@pytest.mark.parametrize("part", ["test_bench_operators.py", "test_bench_spectral.py"])
-def test_the_benchmarks_run_at_tiny_sizes(part):
-    command = [sys.executable, "-m", "pytest", "-q", "--benchmark-disable", f"benchmarks/{part}"]
+def test_the_benchmarks_run_at_tiny_sizes():
+    files = [f"benchmarks/test_bench_{name}.py" for name in ("operators", "spectral")]
+    command = [sys.executable, "-m", "pytest", "-q", "--benchmark-disable", *files]
     end = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert end.returncode == 0, end.stdout
     assert " passed" in end.stdout.splitlines()[-1]
@@ -177,8 +178,8 @@ class _Parsed(Exception):
     pass
 
 
-@pytest.mark.parametrize("stage", ["doctor", "train", "tune", "aw_sngan", "static", "dcgan"])
-def test_the_commands_of_the_gpu_script_parse(stage, monkeypatch):
+@pytest.mark.parametrize("stage", ["tune", "static"])
+def test_the_measuring_commands_of_the_gpu_script_parse(stage, monkeypatch):
     python, option, module, *arguments = gpu_stages()[stage].split()
     assert (python, option) == ("python3", "-m")
     parse = argparse.ArgumentParser.parse_args
@@ -193,10 +194,22 @@ def test_the_commands_of_the_gpu_script_parse(stage, monkeypatch):
         runpy.run_module(module, run_name="__main__")
 
 
+@pytest.mark.parametrize("stage", ["train", "aw_sngan", "dcgan"])
+def test_the_training_commands_of_the_gpu_script_parse(stage):
+    *command, folder = gpu_stages()[stage].split()
+    assert command[:3] == ["python3", "-m", "fastcifar.train"]
+    if "--classifier" in command:
+        at = command.index("--classifier")
+        assert command[at + 1].endswith("/train") and f"{folder.rpartition('/')[0]}/train" == command[at + 1]
+        del command[at : at + 2]
+    assert train.main([*command[3:], folder, "--dry-run"]) == 0
+
+
 def test_the_files_and_tests_that_the_gpu_script_names_exist():
     stages = gpu_stages()
     files = [
         part for name in ("bench_steps", "bench_operators") for part in stages[name].split() if part.endswith(".py")
     ]
     assert len(files) == 5 and all((ROOT / file).is_file() for file in files)
+    assert all(" -m gpu " in stages[name] for name in ("tests", "memcheck")) and " -k memcheck " in stages["memcheck"]
     assert any("memcheck(" in path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*_gpu.py"))
