@@ -99,7 +99,7 @@ def measure(match: str) -> dict[str, float]:
     for make in operators.makers(torch.bfloat16):
         subject = operators.tiny(make)
         name = operators.ours(subject) or "reference"
-        if match not in f"{subject.operator} {make.args[0]}":
+        if match not in f"{subject.operator} {'-'.join(map(str, make.args[0]))}":
             continue
         tried = {which: subject.variant(which).results for which in dict.fromkeys((name, "reference"))}
         agreement.refused(tried, subject.exact(), eager="reference", ours=name, eps=torch.finfo(torch.bfloat16).eps)
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__.split("\n\n")[0])
     parser.add_argument("base", metavar="BASE", help="commit, tag or branch to compare with")
     parser.add_argument("--pairs", type=int, default=3, help="processes of each revision (default 3)")
-    parser.add_argument("--match", default="", help="only cases whose name holds this, as 'step' or 'batch_norm'")
+    parser.add_argument("--match", default="", help="only cases whose name holds this: 'step', 'batch_norm', '512-32-32-3-1'")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.measure:
