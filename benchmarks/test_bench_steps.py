@@ -87,5 +87,5 @@ def test_loader_alone(keep, smoke, effort):
 
 @pytest.mark.benchmark(group="start to first step", timer=timing.replayed)
 def test_start_to_first_step(keep, smoke):
-    seconds = [training_step.start_up_seconds() for _ in range(1 if smoke else 3)]
+    seconds = [training_step.start_up_seconds() for _ in range(1 if smoke else 2)]
     keep("start", [{"start to first step, s": statistics.median(seconds)}], seconds)
