@@ -36,6 +36,7 @@ class InceptionFeatures:
     Attributes:
         name: "inception", or what says that the weights are not the published file.
         digest: SHA-256 of the weights' file.
+        resize: what the network does to the images' size.
 
     Raises:
         DataError: no weights, or other tensors than the network's.
@@ -45,6 +46,7 @@ class InceptionFeatures:
     """
 
     dimension = 2048
+    resize = "bilinear to 299×299, in the network"
 
     def __init__(
         self, weights: str | None = None, device: torch.device | str = "cpu", *, notify: Callable[[str], None] = print
