@@ -32,6 +32,11 @@ def disable() -> None:
     _domain = None
 
 
+def enabled() -> bool:
+    """Whether ranges are made."""
+    return _domain is not None
+
+
 @functools.cache
 def _attributes(name: str) -> Any:
     return _domain.get_event_attributes(message=name)
@@ -60,11 +65,11 @@ def annotated(name: str) -> Callable[[Callable], Callable]:
 
     def decorate(function: Callable) -> Callable:
         @functools.wraps(function)
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
             if _domain is None:
-                return function(*arguments)
+                return function(*arguments, **options)
             with _Range(_domain, name):
-                return function(*arguments)
+                return function(*arguments, **options)
 
         return call
 
