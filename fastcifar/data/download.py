@@ -31,11 +31,6 @@ def _check_scheme(url: str, schemes: Collection[str]) -> None:
         raise DataError(f"refused to download {url}: only {' or '.join(schemes)} is allowed")
 
 
-def cache_folder() -> pathlib.Path:
-    """Where downloaded weights are kept: $FASTCIFAR_CACHE, else ~/.cache/fastcifar."""
-    return pathlib.Path(os.environ.get("FASTCIFAR_CACHE") or "~/.cache/fastcifar").expanduser()
-
-
 @contextlib.contextmanager
 def _locked(path: pathlib.Path) -> Iterator[None]:
     """Waits for other processes that download the same file; the lock ends with its process."""

@@ -11,8 +11,9 @@ import numpy
 import torch
 
 from fastcifar.data.dataset import DataError
-from fastcifar.data.download import cache_folder, download
+from fastcifar.data.download import download
 from fastcifar.data.tensors import read_tensors
+from fastcifar.metrics.cache import cache_folder
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
@@ -34,7 +35,8 @@ class InceptionFeatures:
         notify: told of a download.
 
     Attributes:
-        name: "inception", or what says that the weights are not the published file.
+        dimension: 2048. device: of network and features. resize: what is done to the images' size.
+        name: "inception", and "(not the published file)" where the weights are another.
         digest: SHA-256 of the weights' file.
 
     Raises:
@@ -44,7 +46,7 @@ class InceptionFeatures:
     Source: Heusel et al., GANs trained by a two time-scale update rule, 2017; github.com/mseitzer/pytorch-fid.
     """
 
-    dimension = 2048
+    dimension, resize = 2048, "bilinear to 299 × 299"
 
     def __init__(
         self, weights: str | None = None, device: torch.device | str = "cpu", *, notify: Callable[[str], None] = print
@@ -53,7 +55,7 @@ class InceptionFeatures:
         path = _find(weights, notify)
         content = path.read_bytes()
         self.device, self.digest = torch.device(device), hashlib.sha256(content).hexdigest()
-        self.name = "inception" if self.digest == SHA256 else "inception with other weights than the published"
+        self.name = "inception" if self.digest == SHA256 else "inception (not the published file)"
         self.network = _build(module, read_tensors(content, str(path)), path).to(self.device)
 
     @torch.no_grad()

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from fastcifar.data.dataset import DataError
-from fastcifar.data.download import cache_folder
 from fastcifar.data.tensors import read_tensors
+from fastcifar.metrics.cache import cache_folder
 
 FILE = "lpips/squeeze-v0.1.safetensors"
 # The features are compared after these of SqueezeNet's layers, and have so many channels there.
@@ -142,13 +142,18 @@ def nearest_neighbours(lpips: Lpips, generated: numpy.ndarray, real: numpy.ndarr
         count: k.
 
     Raises:
-        ValueError: images of other kinds or sizes, or fewer real ones than k.
+        ValueError: images of other kinds or sizes, none, or fewer real ones than k.
     """
     for name, images in (("generated", generated), ("real", real)):
-        if images.dtype != numpy.uint8 or images.ndim != 4 or images.shape[1:] != generated.shape[1:]:
+        if (
+            images.dtype != numpy.uint8
+            or images.ndim != 4
+            or images.shape[1:] != generated.shape[1:]
+            or not len(images)
+        ):
             raise ValueError(
-                f"nearest_neighbours: {name} must be uint8 [N, H, W, 3] of one size, got {images.dtype} "
-                f"{list(images.shape)} (generated is {list(generated.shape)})"
+                f"nearest_neighbours: {name} must be uint8 [N, H, W, 3], at least one and all of one size, got "
+                f"{images.dtype} {list(images.shape)} beside {list(generated.shape)}"
             )
     if not 1 <= count <= len(real):
         raise ValueError(f"nearest_neighbours: count must be from 1 to {len(real)} real images, got {count}")
