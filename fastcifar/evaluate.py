@@ -13,15 +13,15 @@ import numpy
 import torch
 
 from fastcifar import command_line, data, metrics, models, validation
-from fastcifar.training import cas, checkpoint, classify, confusion, environment, evaluation, judging, loop
+from fastcifar.training import cas, checkpoint, classify, confusion, environment, evaluation, judging, loop, sampling
 from fastcifar.training.gan import load_gan
 from fastcifar.training.options import Recipe
 from fastcifar.training.recipe import names
 
 # What --metrics knows: those of features, the distance to the nearest training image, a classifier trained on samples.
 METRICS = (*metrics.METRICS, "lpips-nn", "cas")
-# Rows of the sheet of nearest neighbours, and neighbours of each.
-_ROWS, _NEIGHBOURS = 16, 5
+# Samples that lpips-nn compares at most, rows of its sheet, neighbours of each.
+_COMPARED, _ROWS, _NEIGHBOURS = 1000, 16, 5
 
 
 def _parser() -> command_line.Parser:
@@ -134,7 +134,13 @@ def _gan(
         found = judge.metrics(gan.generator, gan, parsed.seed)
         result |= judge.describe() | {name: round(value, 6) for name, value in found.items()}
     if lpips is not None:
-        result |= _nearest(lpips, gan, dataset, parsed, output)
+        figures, rows = judging.nearest_training_images(
+            lpips, gan, dataset, min(parsed.samples, _COMPARED), neighbours=_NEIGHBOURS, seed=parsed.seed
+        )
+        sheet = output / "nearest.png"
+        sampling.save_png(sheet, sampling.grid(rows[: _ROWS * (_NEIGHBOURS + 1)], _NEIGHBOURS + 1))
+        print(f"samples and their nearest training images: {sheet}")
+        result |= figures
     if "cas" in wanted:
         result |= cas.classification_accuracy_score(
             gan.generator, gan, dataset, parsed.samples, device, seed=parsed.seed, steps=parsed.cas_steps

@@ -169,7 +169,7 @@ BAD = {
     "test-time augmentation": ["--model", "dcgan", "--tta"],
     "unknown loss": ["--model", "aw_sngan", "--loss", "wgan"],
     "unknown policy": ["--model", "aw_sngan", "--diffaugment", "colour"],
-    "unknown metric": ["--model", "aw_sngan", "--metrics", "fid"],
+    "unknown metric": ["--model", "aw_sngan", "--metrics", "fdd"],
     "fp16": ["--model", "aw_sngan", "--amp-dtype", "fp16"],
     "sgd": ["--model", "aw_sngan", "--opt", "sgd"],
     "absent classifier": ["--model", "aw_sngan", "--classifier", "absent"],

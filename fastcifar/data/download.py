@@ -31,6 +31,11 @@ def _check_scheme(url: str, schemes: Collection[str]) -> None:
         raise DataError(f"refused to download {url}: only {' or '.join(schemes)} is allowed")
 
 
+def cache_folder() -> pathlib.Path:
+    """$FASTCIFAR_CACHE, else ~/.cache/fastcifar: for weights of metrics and statistics; it may not exist yet."""
+    return pathlib.Path(os.environ.get("FASTCIFAR_CACHE") or "~/.cache/fastcifar").expanduser()
+
+
 @contextlib.contextmanager
 def _locked(path: pathlib.Path) -> Iterator[None]:
     """Waits for other processes that download the same file; the lock ends with its process."""

@@ -1,6 +1,5 @@
 """How near generated images are to real ones, in the features of a named network."""
 
-from fastcifar.metrics.cache import cache_folder
 from fastcifar.metrics.comparison import METRICS, Reference, compare
 from fastcifar.metrics.extractors import ClassifierFeatures
 from fastcifar.metrics.frechet import FeatureStatistics, frechet_distance
@@ -16,7 +15,6 @@ __all__ = [
     "Lpips",
     "Neighbours",
     "Reference",
-    "cache_folder",
     "compare",
     "frechet_distance",
     "kernel_distance",

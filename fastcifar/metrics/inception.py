@@ -11,9 +11,8 @@ import numpy
 import torch
 
 from fastcifar.data.dataset import DataError
-from fastcifar.data.download import download
+from fastcifar.data.download import cache_folder, download
 from fastcifar.data.tensors import read_tensors
-from fastcifar.metrics.cache import cache_folder
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
@@ -35,7 +34,7 @@ class InceptionFeatures:
         notify: told of a download.
 
     Attributes:
-        dimension: 2048. device: of network and features. resize: what is done to the images' size.
+        dimension: 2048. device: of network and features. resize: what the network does to the images' size.
         name: "inception", and "(not the published file)" where the weights are another.
         digest: SHA-256 of the weights' file.
 
@@ -46,7 +45,8 @@ class InceptionFeatures:
     Source: Heusel et al., GANs trained by a two time-scale update rule, 2017; github.com/mseitzer/pytorch-fid.
     """
 
-    dimension, resize = 2048, "bilinear to 299 × 299"
+    dimension = 2048
+    resize = "bilinear to 299×299, in the network"
 
     def __init__(
         self, weights: str | None = None, device: torch.device | str = "cpu", *, notify: Callable[[str], None] = print

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from fastcifar.data.dataset import DataError
+from fastcifar.data.download import cache_folder
 from fastcifar.data.tensors import read_tensors
-from fastcifar.metrics.cache import cache_folder
 
 FILE = "lpips/squeeze-v0.1.safetensors"
 # The features are compared after these of SqueezeNet's layers, and have so many channels there.
@@ -89,7 +89,10 @@ class Lpips:
     def __init__(self, weights: str | None = None, device: torch.device | str = "cpu"):
         path = pathlib.Path(weights) if weights is not None else cache_folder() / FILE
         if not path.is_file():
-            raise DataError(f"LPIPS needs its weights, and there is no file {path}; put them there or give their path")
+            raise DataError(
+                f"LPIPS needs its weights, and there is no file {path}; put them there or give their path (the README "
+                "says how to make the file)"
+            )
         content = path.read_bytes()
         self.device, self.digest = torch.device(device), hashlib.sha256(content).hexdigest()
         self._features, self._roots = _build(read_tensors(content, str(path)), path)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
 
 from fastcifar import data, metrics, models
+from fastcifar.data.download import cache_folder
 from fastcifar.training import checkpoint as checkpoints
 from fastcifar.training import sampling
 from fastcifar.training.classify import load_weights
@@ -30,7 +32,7 @@ class Judge:
     def __init__(self, extractor: Any, dataset: data.ImageDataset, wanted: tuple[str, ...], count: int, split="test"):
         self.extractor, self.wanted, self.count, self.split = extractor, wanted, count, split
         images = getattr(dataset, f"{split}_images")
-        self.reference = metrics.Reference.of_images(extractor, images, metrics.cache_folder())
+        self.reference = metrics.Reference.of_images(extractor, images, cache_folder())
 
     def describe(self) -> dict[str, Any]:
         """What the figures rest on."""
@@ -90,6 +92,28 @@ def build_judge(
     else:
         extractor = classifier_features(classifier, dataset, device)
     return Judge(extractor, dataset, wanted, count, split)
+
+
+def nearest_training_images(
+    lpips: metrics.Lpips, gan: models.GAN, dataset: data.ImageDataset, count: int, *, neighbours: int, seed: int = 0
+) -> tuple[dict[str, Any], numpy.ndarray]:
+    """How far `count` samples are from the training images: small values are copies.
+
+    Returns:
+        The mean LPIPS of a sample to its nearest training image with what it rests on, and for each sample a row of
+        itself and its nearest training images, uint8 [count·(neighbours + 1), H, W, 3].
+    """
+    batches = [batch for batch, _ in sampling.sample_batches(gan.generator, gan, count, lpips.device, seed)]
+    generated = numpy.concatenate(batches)
+    found = metrics.nearest_neighbours(lpips, generated, dataset.train_images, count=neighbours)
+    figures = {
+        "lpips_nn": round(float(found.distances[:, 0].mean()), 6),
+        "lpips_network": lpips.name,
+        "lpips_sha256": lpips.digest,
+        "lpips_samples": count,
+        "lpips_reference": f"{len(dataset.train_images)} train images",
+    }
+    return figures, metrics.neighbour_rows(generated, dataset.train_images, found.indices)
 
 
 def classifier_features(path: str, dataset: data.ImageDataset, device: torch.device) -> metrics.ClassifierFeatures:
