@@ -168,7 +168,7 @@ def test_the_published_file_is_what_is_asked_for():
 
 
 def test_absent_weights_are_one_clear_line(places):
-    words = rf"the inception features need {inception.FILE}, and cannot download, or give its path"
+    words = rf"the inception features need {inception.FILE}; cannot download, or give its path"
     with pytest.raises(DataError, match=words):
         metrics.InceptionFeatures()
     with pytest.raises(DataError, match=f"there is no file nowhere; give {inception.FILE} from https://"):

@@ -90,7 +90,7 @@ def _find(given: str | None, notify: Callable[[str], None]) -> pathlib.Path:
     try:
         return download(URL, target, sha256=SHA256, size_limit=_SIZE_LIMIT, notify=notify)
     except (DataError, OSError) as error:
-        raise DataError(f"the inception features need {FILE}, and {error}, or give its path") from error
+        raise DataError(f"the inception features need {FILE}; {error}, or give its path") from error
 
 
 def _build(module: Any, tensors: Mapping[str, torch.Tensor], path: pathlib.Path) -> torch.nn.Module:
