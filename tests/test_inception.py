@@ -21,9 +21,14 @@ def saved(table, zipped):
     return stream.getvalue()
 
 
+def published(table):
+    """As the published file is: of torch before 1.6, and without the batches that batch norm has counted since."""
+    return saved({name: tensor for name, tensor in table.items() if "num_batches" not in name}, zipped=False)
+
+
 WRITERS = {
     "weights.pth": lambda table: saved(table, zipped=True),
-    "weights before torch 1.6.pth": lambda table: saved(table, zipped=False),
+    "like the published.pth": published,
     "weights.safetensors": safetensors.torch.save,
 }
 

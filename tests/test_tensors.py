@@ -147,7 +147,7 @@ REFUSED = {
     "one storage of two kinds": (archived({**tensor(), "y": tensor(kind=torch.LongStorage)["x"]}), "two kinds"),
     "short storage": (archived(tensor(), [("archive/data/0", bytes(15))]), "15 bytes for 4 numbers of torch.float32"),
     "no storage": (archived(tensor(), []), "no item named 'archive/data/0'"),
-    "compressed": (archived(tensor(), kind=zipfile.ZIP_DEFLATED), "more bytes than the file has"),
+    "compressed": (archived(tensor(), kind=zipfile.ZIP_DEFLATED), "compressed"),
     "two tables": (archived(tensor(), [("archive/data/0", bytes(16)), ("b/data.pkl", b"")]), "2 tables"),
     "big-endian": (archived(tensor(), [("archive/data/0", bytes(16)), ("archive/byteorder", b"big")]), "big-endian"),
     "a list": (archived([1]), "a list, not a table"),
@@ -190,5 +190,5 @@ def test_members_that_share_their_bytes_do_not_fill_the_memory():
         content[place + 16 : place + 20] = first.CRC.to_bytes(4, "little")
         content[place + 20 : place + 28] = len(big).to_bytes(4, "little") * 2
         content[place + 42 : place + 46] = first.header_offset.to_bytes(4, "little")
-    with pytest.raises(DataError, match="more bytes than the file has|Overlapped|differ"):
+    with pytest.raises(DataError, match="sharing its bytes"):
         read_tensors(bytes(content), "file")

@@ -105,7 +105,7 @@ def _read_zip(content: bytes) -> tuple[Any, dict[str, bytes]]:
             member = archive.getinfo(name)
             left -= member.file_size
             if member.compress_type != zipfile.ZIP_STORED or left < 0:
-                raise pickle.UnpicklingError(f"{name} in more bytes than the file has")
+                raise pickle.UnpicklingError(f"{name}, compressed or sharing its bytes with others")
             return archive.read(member)
 
         tables = [name for name in archive.namelist() if name.partition("/")[2] == "data.pkl"]
