@@ -83,7 +83,10 @@ def build_judge(
         ValueError: a classifier that cannot be read, or with "fid"; Inception weights that cannot be had.
     """
     if classifier is None:
-        extractor: Any = metrics.InceptionFeatures(inception, device)
+        try:
+            extractor: Any = metrics.InceptionFeatures(inception, device)
+        except ValueError as error:
+            raise ValueError(f"{error}; a classifier trained here judges without it: --classifier RUN") from error
     elif "fid" in wanted:
         raise ValueError(
             f"fid is by definition a distance of Inception features; with --classifier {classifier} ask for fd, or "

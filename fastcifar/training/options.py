@@ -77,6 +77,11 @@ class Recipe:
     device: str = _option("auto", "auto, cpu, cuda or cuda:N", _SPEED)
     amp_dtype: str = _option("auto", "arithmetic of the network", _SPEED, choices=("auto", "bf16", "fp16", "fp32"))
     impl: str = _option("auto", "implementation of the fused operators", _SPEED, choices=validation.IMPLEMENTATIONS)
+    cuda_graph: bool | None = _option(
+        None, "replay each step as one CUDA graph; default: where it can be, on a single GPU", _SPEED, bool
+    )
+    nvtx: bool = _option(False, "NVTX ranges of steps, phases and operators, for nsys and ncu", _SPEED, bool)
+    profile: bool = _option(False, "profile some steps: profile/ in the run folder", _SPEED, bool)
     compile: bool = _option(False, "torch.compile the network", _SPEED, bool)
     seed: int = _count(0, "of weights, order and augmentation", _SPEED)
     deterministic: bool = _option(False, "only deterministic algorithms", _SPEED, bool)
