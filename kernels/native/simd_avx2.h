@@ -80,6 +80,29 @@ FASTCIFAR_INLINE void store_first(T* p, Vec a, int n) {
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
+FASTCIFAR_INLINE Vec load_byte(const std::uint32_t* p, int byte) {
+  const __m256i shifted = _mm256_srli_epi32(_mm256_loadu_si256((const __m256i*)p), 8 * byte);
+  return {_mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(255)))};
+}
+FASTCIFAR_INLINE Mask load_flag(const std::uint32_t* p, std::uint32_t flag) {
+  const __m256i wanted = _mm256_set1_epi32(int(flag));
+  const __m256i found = _mm256_and_si256(_mm256_loadu_si256((const __m256i*)p), wanted);
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(found, wanted))};
+}
+FASTCIFAR_INLINE bool any(Mask m) { return _mm256_movemask_ps(m.m) != 0; }
+
+// Lanes of the K-th third of a0 b0 c0 a1 b1 c1 …
+template <int K>
+FASTCIFAR_INLINE Vec interleaved(Vec a, Vec b, Vec c) {
+  constexpr int kFirst = 8 * K;
+  const __m256i pixel = _mm256_setr_epi32(kFirst / 3, (kFirst + 1) / 3, (kFirst + 2) / 3, (kFirst + 3) / 3,
+                                          (kFirst + 4) / 3, (kFirst + 5) / 3, (kFirst + 6) / 3, (kFirst + 7) / 3);
+  constexpr int kSecond[3] = {0x92, 0x24, 0x49}, kThird[3] = {0x24, 0x49, 0x92};
+  const __m256 ab = _mm256_blend_ps(_mm256_permutevar8x32_ps(a.v, pixel), _mm256_permutevar8x32_ps(b.v, pixel),
+                                    kSecond[K]);
+  return {_mm256_blend_ps(ab, _mm256_permutevar8x32_ps(c.v, pixel), kThird[K])};
+}
+
 }  // namespace
 }  // namespace FASTCIFAR_ISA
 }  // namespace fastcifar

@@ -81,6 +81,32 @@ FASTCIFAR_INLINE void store_first(Float16* p, Vec a, int n) {
   _mm256_mask_storeu_epi16(p, first(n), narrow_float16(a.v));
 }
 
+FASTCIFAR_INLINE Vec load_byte(const std::uint32_t* p, int byte) {
+  const __m512i shifted = _mm512_srli_epi32(_mm512_loadu_si512(p), unsigned(8 * byte));
+  return {_mm512_cvtepi32_ps(_mm512_and_si512(shifted, _mm512_set1_epi32(255)))};
+}
+FASTCIFAR_INLINE Mask load_flag(const std::uint32_t* p, std::uint32_t flag) {
+  return _mm512_test_epi32_mask(_mm512_loadu_si512(p), _mm512_set1_epi32(int(flag)));
+}
+FASTCIFAR_INLINE bool any(Mask m) { return m != 0; }
+
+// Lanes of the K-th third of a0 b0 c0 a1 b1 c1 …: `first` takes those of a and b, `second` adds those of c.
+template <int K>
+FASTCIFAR_INLINE Vec interleaved(Vec a, Vec b, Vec c) {
+  alignas(64) static constexpr struct Places {
+    int first[16] = {}, second[16] = {};
+    constexpr Places() {
+      for (int i = 0; i < 16; ++i) {
+        const int pixel = (16 * K + i) / 3, channel = (16 * K + i) % 3;
+        first[i] = channel == 1 ? 16 + pixel : pixel;
+        second[i] = channel == 2 ? 16 + pixel : i;
+      }
+    }
+  } places;
+  const __m512 ab = _mm512_permutex2var_ps(a.v, _mm512_load_si512(places.first), b.v);
+  return {_mm512_permutex2var_ps(ab, _mm512_load_si512(places.second), c.v)};
+}
+
 }  // namespace
 }  // namespace FASTCIFAR_ISA
 }  // namespace fastcifar
