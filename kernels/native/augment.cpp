@@ -72,7 +72,8 @@ Box box(std::uint32_t y, std::uint32_t x, Index box_height, Index box_width, con
 // One thread's memory.
 struct Workspace {
   std::vector<std::uint32_t> own, partner;
-  std::vector<Index> columns;
+  std::vector<Index> rows;
+  std::vector<Run> runs;
 };
 
 class Batch {
@@ -88,22 +89,22 @@ class Batch {
     const std::size_t pixels = divide_up(set_.height * set_.width, kPixelAlign) * kPixelAlign;
     const std::size_t partners = options_.mixing == Mixing::none ? 0 : pixels;
     return {std::vector<std::uint32_t>(pixels, 0), std::vector<std::uint32_t>(partners, 0),
-            std::vector<Index>(set_.width)};
+            std::vector<Index>(set_.height), {}};
   }
 
-  void render(Index number, const Kernels& table, Workspace& work) const {
+  void render(Index number, Workspace& work) const {
     const Index position = positions_.first + number, pixels = set_.height * set_.width;
-    Task task{pixels, gather(position, work.own, work.columns), {}, options_.color_jitter != 0.0,
+    Task task{pixels, gather(position, work.own, work), {}, options_.color_jitter != 0.0,
               options_.cutout > 0, options_.mixing, 0.0f, options_.scale, options_.shift, nullptr};
     if (options_.mixing != Mixing::none) {
       const Index other = (position + shift_) % positions_.size;
-      task.partner = gather(other, work.partner, work.columns);
+      task.partner = gather(other, work.partner, work);
       results_.partners[number] = positions_.indices[other];
       results_.weights[number] = task.share = mix(position, work.own);
     }
     const Index bytes = results_.dtype == Dtype::float32 ? 4 : 2;
     task.out = static_cast<std::uint8_t*>(results_.images) + number * pixels * 3 * bytes;
-    table.render[int(results_.dtype)](task);
+    kernels_.render[int(results_.dtype)](task);
   }
 
  private:
@@ -118,25 +119,17 @@ class Batch {
   }
 
   // The cropped and mirrored image as packed pixels, and its colours.
-  Picture gather(Index position, std::vector<std::uint32_t>& packed, std::vector<Index>& columns) const {
+  Picture gather(Index position, std::vector<std::uint32_t>& packed, Workspace& work) const {
     const Index height = set_.height, width = set_.width, span = 2 * options_.crop_pad + 1;
     const Words words = philox(position, kGeometry, options_);
     const Index down = below(words[0], span), right = below(words[1], span);
     const bool mirrored = positions_.flips != nullptr ? positions_.flips[position] != 0
                                                       : options_.random_flip && words[2] >> 31 == 1;
-    for (Index x = 0; x < width; ++x) columns[x] = 3 * source(mirrored ? width - 1 - x : x, right, width);
+    for (Index y = 0; y < height; ++y) work.rows[y] = source(y, down, height);
+    const bool border = find_runs(right, mirrored, work.runs);
     const std::uint8_t* image = set_.images + positions_.indices[position] * height * width * 3;
-    for (Index y = 0; y < height; ++y) {
-      std::uint32_t* out = packed.data() + y * width;
-      const Index row = source(y, down, height);
-      if (row < 0) {
-        std::fill_n(out, width, 0u);
-      } else if (options_.reflect) {
-        pack<false>(image + row * width * 3, columns.data(), width, out);
-      } else {
-        pack<true>(image + row * width * 3, columns.data(), width, out);
-      }
-    }
+    kernels_.pack({image, height, width, work.rows.data(), work.runs.data(), Index(work.runs.size()), border,
+                   packed.data()});
     if (options_.cutout > 0) {
       const Words cut = philox(position, kCutout, options_);
       flag(box(cut[0], cut[1], options_.cutout, options_.cutout, set_), kCut, packed);
@@ -144,16 +137,26 @@ class Batch {
     return coloured(position, packed.data());
   }
 
-  template <bool kBorder>
-  static void pack(const std::uint8_t* row, const Index* columns, Index width, std::uint32_t* out) {
-    for (Index x = 0; x < width; ++x) {
-      if (kBorder && columns[x] < 0) {
-        out[x] = 0;
-        continue;
+  // The runs of a row; whether some columns are black.
+  bool find_runs(Index shift, bool mirrored, std::vector<Run>& runs) const {
+    runs.clear();
+    bool border = false;
+    Index last = -1;
+    for (Index x = 0; x < set_.width; ++x) {
+      const Index column = source(mirrored ? set_.width - 1 - x : x, shift, set_.width);
+      Run* run = runs.empty() || last < 0 ? nullptr : &runs.back();
+      if (column < 0) {
+        border = true;
+      } else if (run != nullptr && column == last + 1 && !(run->length > 1 && run->reversed)) {
+        ++run->length;
+      } else if (run != nullptr && column == last - 1 && (run->length == 1 || run->reversed)) {
+        *run = {column, run->to, run->length + 1, true};
+      } else {
+        runs.push_back({column, x, 1, false});
       }
-      const std::uint8_t* pixel = row + columns[x];
-      out[x] = std::uint32_t(pixel[0]) | std::uint32_t(pixel[1]) << 8 | std::uint32_t(pixel[2]) << 16;
+      last = column;
     }
+    return border;
   }
 
   Picture coloured(Index position, const std::uint32_t* pixels) const {
@@ -184,6 +187,7 @@ class Batch {
   const Positions& positions_;
   const Options& options_;
   const Results& results_;
+  const Kernels& kernels_ = kernels();
   Index shift_ = 0;
 };
 
@@ -197,10 +201,9 @@ void augment(const Set& set, const Positions& positions, const Options& options,
     }
   }
   const Batch batch(set, positions, options, results);
-  const Kernels& table = kernels();
   threads = useful_threads(threads, positions.made * set.height * set.width * 3);
   std::vector<Workspace> work(threads, batch.workspace());
-  parallel(positions.made, threads, [&](Index number, int thread) { batch.render(number, table, work[thread]); });
+  parallel(positions.made, threads, [&](Index number, int thread) { batch.render(number, work[thread]); });
 }
 
 }  // namespace fastcifar::augment

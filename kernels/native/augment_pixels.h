@@ -18,6 +18,38 @@ constexpr int kLanes = Vec::lanes;
 constexpr Index kPixelsPerFlush = 64 * kLanes;  // float32 sums go to float64 after so many pixels
 static_assert(kPixelAlign % kLanes == 0, "the pixels' padding must fill a vector");
 
+template <bool kReversed>
+FASTCIFAR_INLINE void pack_run(const std::uint8_t* from, Index length, std::uint32_t* to) {
+  if (length < kLanes) {
+    for (Index i = 0; i < length; ++i) to[kReversed ? length - 1 - i : i] = packed_pixel(from + 3 * i);
+    return;
+  }
+  // The last vector overlaps the one before it.
+  for (Index i = 0; i < length; i += kLanes) {
+    const Index start = i + kLanes <= length ? i : length - kLanes;
+    pack_pixels<kReversed>(from + 3 * start, to + (kReversed ? length - kLanes - start : start));
+  }
+}
+
+void pack(const Crop& crop) {
+  for (Index y = 0; y < crop.height; ++y) {
+    std::uint32_t* to = crop.pixels + y * crop.width;
+    if (crop.border || crop.rows[y] < 0) {
+      for (Index x = 0; x < crop.width; ++x) to[x] = 0;
+    }
+    if (crop.rows[y] < 0) continue;
+    const std::uint8_t* row = crop.image + crop.rows[y] * crop.width * 3;
+    for (Index i = 0; i < crop.run_count; ++i) {
+      const Run run = crop.runs[i];
+      if (run.reversed) {
+        pack_run<true>(row + 3 * run.from, run.length, to + run.to);
+      } else {
+        pack_run<false>(row + 3 * run.from, run.length, to + run.to);
+      }
+    }
+  }
+}
+
 struct Colours {
   Vec red, green, blue;
 };

@@ -5,7 +5,7 @@ namespace augment {
 namespace FASTCIFAR_ISA {
 
 const Kernels& kernels() {
-  static constexpr Kernels table{{&render<float>, &render<BFloat16>, &render<Float16>}};
+  static constexpr Kernels table{&pack, {&render<float>, &render<BFloat16>, &render<Float16>}};
   return table;
 }
 

@@ -9,6 +9,22 @@ namespace fastcifar::augment {
 constexpr std::uint32_t kCut = 1u << 24, kPasted = 1u << 25;
 constexpr std::int64_t kPixelAlign = 16;  // zeros follow the pixels up to a multiple of this
 
+// Neighbouring columns of the image that stay neighbours, in this order or the reverse.
+struct Run {
+  std::int64_t from, to, length;  // the lowest column of the image, that of the output
+  bool reversed;
+};
+
+struct Crop {
+  const std::uint8_t* image;  // [height, width, 3]
+  std::int64_t height, width;
+  const std::int64_t* rows;  // [height], the row of the image that each one shows; −1: black
+  const Run* runs;
+  std::int64_t run_count;
+  bool border;  // some columns are in no run: black
+  std::uint32_t* pixels;
+};
+
 struct Picture {
   const std::uint32_t* pixels;
   float brightness, contrast, saturation;
@@ -26,6 +42,7 @@ struct Task {
 };
 
 struct Kernels {
+  void (*pack)(const Crop&);
   void (*render[kDtypes])(const Task&);
 };
 

@@ -90,6 +90,25 @@ FASTCIFAR_INLINE Mask load_flag(const std::uint32_t* p, std::uint32_t flag) {
 }
 FASTCIFAR_INLINE bool any(Mask m) { return m != 0; }
 
+template <bool kReversed>
+FASTCIFAR_INLINE void pack_pixels(const std::uint8_t* from, std::uint32_t* to) {
+  // Four pixels, three words, to each quarter; then a word to each pixel.
+  alignas(64) static constexpr struct Places {
+    std::int32_t words[16] = {};
+    std::int8_t bytes[64] = {};
+    constexpr Places() {
+      for (int i = 0; i < 16; ++i) {
+        const int quarter = kReversed ? 3 - i / 4 : i / 4, pixel = kReversed ? 3 - i % 4 : i % 4;
+        words[i] = 3 * quarter + i % 4 % 3;
+        for (int byte = 0; byte < 4; ++byte) bytes[4 * i + byte] = std::int8_t(byte < 3 ? 3 * pixel + byte : -1);
+      }
+    }
+  } places;
+  const __m512i all = _mm512_maskz_loadu_epi8((std::uint64_t{1} << 48) - 1, from);
+  const __m512i quarters = _mm512_permutexvar_epi32(_mm512_load_si512(places.words), all);
+  _mm512_storeu_si512(to, _mm512_shuffle_epi8(quarters, _mm512_load_si512(places.bytes)));
+}
+
 // Lanes of the K-th third of a0 b0 c0 a1 b1 c1 …: `first` takes those of a and b, `second` adds those of c.
 template <int K>
 FASTCIFAR_INLINE Vec interleaved(Vec a, Vec b, Vec c) {

@@ -123,6 +123,11 @@ FASTCIFAR_INLINE Mask load_flag(const std::uint32_t* p, std::uint32_t flag) {
 }
 FASTCIFAR_INLINE bool any(Mask m) { return (m.m[0] | m.m[1] | m.m[2] | m.m[3]) != 0; }
 
+template <bool kReversed>
+FASTCIFAR_INLINE void pack_pixels(const std::uint8_t* from, std::uint32_t* to) {
+  for (int i = 0; i < Vec::lanes; ++i) to[kReversed ? Vec::lanes - 1 - i : i] = packed_pixel(from + 3 * i);
+}
+
 // Lanes of the K-th third of a0 b0 c0 a1 b1 c1 …
 template <int K>
 FASTCIFAR_INLINE Vec interleaved(Vec a, Vec b, Vec c) {
