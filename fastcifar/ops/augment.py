@@ -48,7 +48,26 @@ def _native(
     return results
 
 
-_RUN = {"native": _native}
+def _triton(
+    images, indices, flips, device_step, step, seed, first, count, mean, std, random_flip, crop_pad, crop_mode,
+    color_jitter, cutout, mixup, cutmix, dtype,
+):  # fmt: skip
+    from fastcifar.kernels.triton import augment_launch
+
+    results = _results(images, count, mixup or cutmix, dtype)
+    scale, shift = normalisation(mean, std)
+    with on_device_of(images):
+        augment_launch.augment(
+            images, indices.contiguous(), None if flips is None else flips.contiguous(),
+            step if device_step is None else device_step, results, seed=seed, first=first, scale=scale, shift=shift,
+            random_flip=random_flip, crop_pad=crop_pad, reflect=crop_mode == "reflect", color_jitter=color_jitter,
+            cutout=cutout, mixing="mixup" if mixup else "cutmix" if cutmix else "none",
+            beta_table=beta_table(mixup or cutmix, images.device) if mixup or cutmix else None,
+        )  # fmt: skip
+    return results
+
+
+_RUN = {"native": _native, "triton": _triton}
 
 
 def _augment(images, *arguments):
