@@ -10,9 +10,9 @@ import triton
 from .augment import augment_kernel
 from .cases import TYPES, Case
 
-TILE, MOST_COLUMNS, WARPS = 4096, 512, 8
+TILE, MOST_COLUMNS, WARPS = 2048, 256, 4
 # About so many programs, where the images are few and large.
-PROGRAMS = 1024
+PROGRAMS = 512
 
 
 def _tile(width: int) -> dict[str, int]:
