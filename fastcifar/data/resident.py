@@ -133,16 +133,16 @@ class ResidentLoader:
         return indices, epochs
 
     def plan(self, step: int) -> Plan:
-        """What the batch of 0-based `step` is made of, on the device."""
+        """What the batch of 0-based `step` is made of, on the host."""
         indices, epochs = self._indices(step, numpy.arange(self.batch_size))
         flips = None
         if self._flip_half is not None:
-            flips = torch.from_numpy((self._flip_half[indices] + epochs) % 2 == 1).to(self.device)
-        return Plan(torch.tensor([step], device=self.device), torch.from_numpy(indices).to(self.device), flips)
+            flips = torch.from_numpy((self._flip_half[indices] + epochs) % 2 == 1)
+        return Plan(torch.tensor([step]), torch.from_numpy(indices), flips)
 
     def render(self, plan: Plan) -> Batch:
-        """The batch of a plan. Nothing here waits for the device or depends on anything but the plan's tensors, so that
-        a captured graph can be given new ones by copying into them."""
+        """The batch of a plan on the device. Nothing here waits for the device or depends on anything but the plan's
+        tensors, so that a captured graph can be given new ones by copying into them."""
         first, count = self._positions
         images, partners, partner_weight = functional.augment(
             self._images, plan.indices, step=plan.step, seed=self.seed, mean=self._mean, std=self._std, first=first,
@@ -154,7 +154,7 @@ class ResidentLoader:
 
     def batch(self, step: int) -> Batch:
         """This rank's part of the global batch of 0-based `step`; the same at every call."""
-        return self.render(self.plan(step))
+        return self.render(Plan(*(None if t is None else t.to(self.device) for t in self.plan(step))))
 
 
 def evaluation_batches(
