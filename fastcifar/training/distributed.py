@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,21 +24,63 @@ class Processes:
         """Whether this one writes the files and speaks."""
         return self.rank == 0
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set in any process; all must ask at the same step."""
+    def largest(self, number: int) -> int:
+        """The largest of all processes' numbers; all must ask at the same step."""
         if self.world_size == 1:
-            return flag
-        shared = torch.tensor([float(flag)])
-        if dist.get_backend() == "nccl":
-            shared = shared.cuda()
+            return number
+        shared = torch.tensor([number], device=_device())
         dist.all_reduce(shared, dist.ReduceOp.MAX)
-        return bool(shared.item())
+        return int(shared.item())
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all processes, in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def average(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replaces each tensor by its mean over all processes: one all-reduce; the tensors share dtype and device."""
+        if self.world_size == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        flat /= self.world_size
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(list(tensors), [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[processes, …]: the tensors of all; with one process the tensor itself."""
+        if self.world_size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor)
+        return torch.stack(parts)
+
+    def take_own(self, target: torch.Tensor, gathered: torch.Tensor) -> bool:
+        """Puts this process's part of what `gather` gave into `target`.
+
+        Returns:
+            Whether as many processes gathered it; if not, `target` is zero.
+        """
+        shape = target.shape if self.world_size == 1 else (self.world_size, *target.shape)
+        if gathered.shape != shape:
+            target.zero_()
+            return False
+        target.copy_(gathered if self.world_size == 1 else gathered[self.rank])
+        return True
+
+    def check_same(self, what: str, number: int) -> None:
+        """Makes sure that all processes have the same number.
+
+        Raises:
+            ValueError: they differ.
+        """
+        largest, smallest = self.largest(number), -self.largest(-number)
+        if largest != smallest:
+            raise ValueError(
+                f"process {self.rank}: {what} {number}, but others have {smallest} to {largest}; give all machines "
+                "the same --output folder on a file system that they share"
+            )
 
 
 def from_environment() -> Processes:
@@ -68,14 +111,33 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def synchronise_statistics(model: nn.Module) -> None:
-    """Lets every batch norm take its statistics over all processes.
+def share_weights(model: nn.Module) -> None:
+    """Gives every process the first one's parameters and buffers, as DistributedDataParallel does."""
+    for tensor in model.state_dict().values():
+        dist.broadcast(tensor, 0)
+
+
+def share_statistics(model: nn.Module, *, synchronise: bool) -> list[torch.Tensor]:
+    """Lets every batch norm take its statistics over all processes, or (`synchronise=False`) over its own batch only.
+
+    Returns:
+        What has to be averaged over the processes after each step: the running statistics, if not synchronised.
 
     Raises:
-        ValueError: a batch norm of torch's own that cannot.
+        ValueError: a batch norm of torch's own that cannot be synchronised.
     """
+    if not synchronise:
+        return [b for name, b in model.named_buffers() if name.rpartition(".")[2] in ("running_mean", "running_var")]
     for name, module in model.named_modules():
         if hasattr(module, "process_group"):
             module.process_group = dist.group.WORLD
         elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(f"{name} is a {type(module).__name__}, whose statistics cannot be synchronised here")
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, whose statistics cannot be synchronised here; use --no-sync-bn"
+            )
+    return []
+
+
+def _device() -> str:
+    """Where the present group can exchange small numbers."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
