@@ -12,6 +12,12 @@ if not torch.cuda.is_available():
 import pytest  # noqa: E402
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_their_own(tmp_path_factory):
+    """Tests neither read nor write a user's cache."""
+    os.environ["FASTCIFAR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def cifar_folder() -> pathlib.Path:
     """The folder that holds the real CIFAR sets."""

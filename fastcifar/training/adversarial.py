@@ -10,15 +10,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from fastcifar import data, models
+from fastcifar import data
 from fastcifar import nn as fused
-from fastcifar.training import distributed, environment, sampling, schedule
+from fastcifar.metrics import METRICS
+from fastcifar.training import distributed, environment, judging, sampling, schedule
 from fastcifar.training.checkpoint import Checkpoint, CheckpointError
 from fastcifar.training.diff_augment import NUMBERS, diff_augment
 from fastcifar.training.ema import WeightAverage
+from fastcifar.training.gan import build_gan
 from fastcifar.training.optimisers import GuardedStep, build_optimiser
 from fastcifar.training.options import Recipe
-from fastcifar.training.recipe import policies
+from fastcifar.training.recipe import names, policies
 from fastcifar.training.state import by_part, load_optimiser, optimiser_tensors
 
 # What a step is averaged over: names in metrics rows, in the order of the sums.
@@ -29,23 +31,6 @@ AVERAGES = (
 # Deviation of pixels in [−1, 1] over a batch, and scores through a sigmoid, beyond which a run has gone wrong.
 COLLAPSED, SATURATED = 0.02, 0.995
 _MEAN = _STD = (0.5, 0.5, 0.5)
-
-
-def build_gan(recipe: Recipe, num_classes: int) -> models.GAN:
-    """The recipe's two networks with the weights of its seed, on the CPU.
-
-    Raises:
-        ValueError: an unknown model, option or implementation.
-    """
-    torch.manual_seed(recipe.seed)
-    options = dict(recipe.model_options)
-    if recipe.unconditional and "conditional" in models.model_options(recipe.model):
-        options["conditional"] = False
-    gan = models.create_model(recipe.model, num_classes=num_classes, **options)
-    for module in gan.modules():
-        if hasattr(module, "impl"):
-            module.impl = recipe.impl
-    return gan
 
 
 class Adversarial:
@@ -90,13 +75,22 @@ class Adversarial:
         self.sums = torch.zeros(len(AVERAGES), dtype=torch.float64, device=device)
         self.seen = 0
         self.loader = self._build_loader()
-        self.judge = sampling.Judge(recipe, dataset, device) if recipe.classifier else None
+        self.judge = self._build_judge()
 
     def _spectral_group(self) -> fused.SpectralNormGroup | None:
         try:
             return fused.SpectralNormGroup(self.discriminator)
         except ValueError:
             return None  # no such layer
+
+    def _build_judge(self) -> judging.Judge | None:
+        recipe = self.recipe
+        wanted = names("--metrics", recipe.metrics, METRICS)
+        if recipe.classifier is None and "fid" not in wanted:
+            return None
+        return judging.build_judge(
+            self.dataset, self.device, wanted, classifier=recipe.classifier, count=recipe.metric_samples
+        )
 
     def _build_loader(self) -> data.ResidentLoader:
         recipe, dataset = self.recipe, self.dataset
@@ -292,11 +286,24 @@ class Adversarial:
         for name, update, network in self._updates():
             tensors |= optimiser_tensors(update.optimiser, network, f"optimiser_{name}")
             tensors |= {f"progress.bad_steps_{name}": update.bad_steps, f"progress.first_bad_{name}": update.first_bad}
-        names = list(self.dataset.class_names)
-        return tensors | {"progress.sums": self.sums}, {"seen": self.seen, "class_names": names}
+        notes = {"seen": self.seen, "class_names": list(self.dataset.class_names)}
+        if self.judge is not None:
+            notes["extractor_sha256"] = self.judge.extractor.digest
+        return tensors | {"progress.sums": self.sums}, notes
 
     def _updates(self) -> list[tuple[str, GuardedStep, nn.Module]]:
         return [("g", self.update_g, self.generator), ("d", self.update_d, self.discriminator)]
+
+    def _check_judge(self, checkpoint: Checkpoint) -> None:
+        """Figures of one run must be of one network, or they cannot be compared."""
+        before = checkpoint.state.get("extractor_sha256")
+        if self.judge is None or before is None or self.recipe.eval_only:
+            return
+        if before != (now := self.judge.extractor.digest):
+            raise CheckpointError(
+                f"{checkpoint.path}: its samples were judged by a network of SHA-256 {before[:12]}…, that of "
+                f"--classifier {self.recipe.classifier} is {now[:12]}…; pass the same one, or none"
+            )
 
     def load_state(self, checkpoint: Checkpoint) -> None:
         """Takes over everything of a checkpoint of the same recipe.
@@ -308,6 +315,7 @@ class Adversarial:
         missing = sorted(name for name in expected if name not in checkpoint.tensors)
         if missing:
             raise CheckpointError(f"{checkpoint.path} lacks {missing[0]!r}; it is of another recipe")
+        self._check_judge(checkpoint)
         parts = by_part(checkpoint.tensors)
         self.model.load_state_dict(parts["model"])
         if self.ema is not None:

@@ -71,7 +71,7 @@ class Recipe:
     n_dis: int = _count(1, "discriminator steps for each generator step", _GAN, 1)
     diffaugment: str = _option("off", "DiffAugment: off, or color, translation, cutout with commas between", _GAN)
     classifier: str | None = _option(None, "run of a classifier whose features judge the samples", _GAN)
-    metrics: str = _option("fd", "at evaluations with --classifier: fd, kid, prdc with commas between", _GAN)
+    metrics: str = _option("fd", "at evaluations: fd, kid, prdc with --classifier, fid without; commas between", _GAN)
     metric_samples: int = _count(10_000, "images that the metrics see", _GAN, 2)
 
     device: str = _option("auto", "auto, cpu, cuda or cuda:N", _SPEED)
