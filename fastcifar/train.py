@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import pathlib
@@ -43,7 +44,7 @@ def _parser() -> command_line.Parser:
         names = ["-b", flag(option.name)] if option.name == "batch_size" else [flag(option.name)]
         settings: dict[str, Any] = {"dest": option.name, "default": None, "help": option.metadata["help"]}
         if option.metadata["kind"] is bool:
-            settings["action"] = "store_true"
+            settings["action"] = argparse.BooleanOptionalAction
         else:
             settings |= {"type": kinds[option.metadata["kind"]], "metavar": option.name.upper().split("_")[-1]}
             if "choices" in option.metadata:
@@ -226,6 +227,7 @@ def main(arguments: Sequence[str]) -> int:
     chosen = recipe.with_budget(chosen, len(dataset.train_images))
     distributed.join(processes, device)
     try:
+        processes.check_same("begins after step", saved.step if saved else 0)
         gan = chosen.model in models.list_models(gan=True)
         columns = run_folder.GAN_COLUMNS if gan else run_folder.COLUMNS
         task = (Adversarial if gan else Classification)(chosen, dataset, device, processes)

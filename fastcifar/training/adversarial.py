@@ -64,8 +64,10 @@ class Adversarial:
         self.loss = recipe.loss if recipe.loss != "auto" else "bce" if recipe.model == "dcgan" else "aw_hinge"
         self.policies = policies(recipe.diffaugment)
         group = dist.group.WORLD if processes.world_size > 1 else None
+        self._unshared: list[torch.Tensor] = []
         if group is not None:
-            distributed.synchronise_statistics(self.model)
+            distributed.share_weights(self.model)
+            self._unshared = distributed.share_statistics(self.model, synchronise=recipe.sync_bn)
         self.spectral = self._spectral_group()
         self.hinge = fused.AdaptiveWeightedHinge(self.discriminator.parameters(), process_group=group)
         self.update_g, self.update_d = (
@@ -158,6 +160,7 @@ class Adversarial:
         for turn in range(self.recipe.n_dis):
             values = self._train_discriminator(step, turn, rate)
         loss_g = self._train_generator(step, rate)
+        self.processes.average(self._unshared)
         if self.ema is not None:
             self.ema.update(step)
         values.insert(1, loss_g)
@@ -211,14 +214,7 @@ class Adversarial:
         return loss
 
     def _average_gradients(self, network: nn.Module) -> None:
-        if self.processes.world_size == 1:
-            return
-        gradients = [p.grad for p in network.parameters() if p.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        flat /= self.processes.world_size
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
+        self.processes.average([p.grad for p in network.parameters() if p.grad is not None])
 
     def take_averages(self) -> dict[str, float]:
         """Means over the steps since the last call; the scores are those of the raw logits through a sigmoid."""
@@ -281,7 +277,7 @@ class Adversarial:
         return tensors
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """All that the next steps depend on: tensors by name, and JSON values."""
+        """All that the next steps depend on: tensors by name, and JSON values. All processes ask together."""
         tensors = self.network_tensors()
         for name, update, network in self._updates():
             tensors |= optimiser_tensors(update.optimiser, network, f"optimiser_{name}")
@@ -324,7 +320,7 @@ class Adversarial:
             load_optimiser(update.optimiser, network, parts.get(f"optimiser_{name}", {}))
             update.bad_steps.copy_(parts["progress"][f"bad_steps_{name}"])
             update.first_bad.copy_(parts["progress"][f"first_bad_{name}"])
-        self.sums.copy_(parts["progress"]["sums"])
-        self.seen = checkpoint.state["seen"]
+        same = self.processes.take_own(self.sums, parts["progress"]["sums"])
+        self.seen = checkpoint.state["seen"] if same else 0
         if self.spectral is not None:
             self.spectral.invalidate()

@@ -32,6 +32,10 @@ class Processes:
         dist.all_reduce(shared, dist.ReduceOp.MAX)
         return int(shared.item())
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process; all must ask at the same step."""
+        return bool(self.largest(int(flag)))
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over all processes, in place."""
         if self.world_size > 1:

@@ -123,9 +123,9 @@ class Loop:
         self._warned = warning is not None
 
     def _check_finite(self) -> None:
-        # Of float16 each process sees its own loss only.
-        bad = self.processes.largest(int(self.task.bad_steps))
-        if not bad:
+        bad = int(self.task.bad_steps)
+        # In float16 each process looks at its own loss.
+        if not self.processes.any(bad > 0):
             return
         first = self.processes.largest(int(self.task.first_bad)) + 1
         if self.recipe.nan == "stop":
@@ -141,7 +141,7 @@ class Loop:
         tensors, state = self.task.state()
         failure = self._write(tensors, state)
         # Nobody leaves before the last checkpoint is there: a process that ends has torchrun end the others.
-        if last and self.processes.largest(int(failure is not None)):
+        if last and self.processes.any(failure is not None):
             place = "the run folder" if self.folder is None else self.folder.path / "checkpoints"
             reason = "the first process says why" if failure is None else failure
             raise SaveFailed(f"the last checkpoint could not be written to {place} ({reason})") from failure

@@ -77,6 +77,7 @@ class Recipe:
     device: str = _option("auto", "auto, cpu, cuda or cuda:N", _SPEED)
     amp_dtype: str = _option("auto", "arithmetic of the network", _SPEED, choices=("auto", "bf16", "fp16", "fp32"))
     impl: str = _option("auto", "implementation of the fused operators", _SPEED, choices=validation.IMPLEMENTATIONS)
+    sync_bn: bool = _option(True, "with several processes: batch norm over the global batch", _SPEED, bool)
     compile: bool = _option(False, "torch.compile the network", _SPEED, bool)
     seed: int = _count(0, "of weights, order and augmentation", _SPEED)
     deterministic: bool = _option(False, "only deterministic algorithms", _SPEED, bool)
