@@ -31,7 +31,8 @@ def run_ranks(function, world_size: int, *arguments, timeout: float = 120.0) -> 
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "fastcifar.train"])
+    # The first optimiser imports torch._dynamo, which takes seconds.
+    context.set_forkserver_preload(["torch._dynamo", "fastcifar.train"])
     results = context.Queue()
     processes = [
         context.Process(target=_entry, args=(function, rank, world_size, port, results, arguments), daemon=True)

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from fastcifar import reference
 from fastcifar.ops import batch_norm  # noqa: F401  (registers the operators)
-from fastcifar.ops.registration import implement
+from fastcifar.ops.registration import implement, strided_like
 from fastcifar.ops.statistics import check_total, mean_terms, merge_over_ranks, update_running
 from fastcifar.validation import output_size
 
@@ -162,7 +162,7 @@ class _Fused(torch.autograd.Function):
             dx, dw = torch.ops.fastcifar.depthwise_gradients(dz, *arguments, terms, *sizes, *act, need_dx, need_dw)
         return (
             dx if need_dx else None,
-            dw if need_dw else None,
+            strided_like(dw, weight) if need_dw else None,
             sums[1].to(bn_weight.dtype) if need_gamma else None,
             sums[0].to(bn_bias.dtype) if need_beta else None,
             *[None] * 6,
@@ -192,7 +192,7 @@ class _FusedStored(torch.autograd.Function):
             dx, dw = torch.ops.fastcifar.depthwise_convolution_gradients(dy, x, weight, *sizes, need_dx, need_dw)
         return (
             dx if need_dx else None,
-            dw if need_dw else None,
+            strided_like(dw, weight) if need_dw else None,
             sums[1].to(bn_weight.dtype) if need_gamma else None,
             sums[0].to(bn_bias.dtype) if need_beta else None,
             *[None] * 6,

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from fastcifar import native, reference
 from fastcifar.ops.batch_norm_native import DTYPES, Norm
+from fastcifar.ops.registration import strided_like
 from fastcifar.ops.statistics import check_total, mean_terms, merge_over_ranks, update_running
 from fastcifar.validation import output_size
 
@@ -144,7 +145,7 @@ class _Fused(torch.autograd.Function):
             )
         return (
             dx if need_dx else None,
-            dw if need_dw else None,
+            strided_like(dw, weight) if need_dw else None,
             sums[1].to(bn_weight.dtype) if need_gamma else None,
             sums[0].to(bn_bias.dtype) if need_beta else None,
             *[None] * 7,

@@ -89,9 +89,7 @@ class Classification:
         self._unshared: list[torch.Tensor] = []
         if processes.world_size > 1:
             self._unshared = distributed.share_statistics(self.model, synchronise=recipe.sync_bn)
-            self._forward = nn.parallel.DistributedDataParallel(
-                self.model, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self._forward = distributed.data_parallel(self.model)
         if recipe.compile:
             self._forward = torch.compile(self._forward)
         self.loader = self._build_loader()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -119,6 +120,16 @@ def share_weights(model: nn.Module) -> None:
     """Gives every process the first one's parameters and buffers, as DistributedDataParallel does."""
     for tensor in model.state_dict().values():
         dist.broadcast(tensor, 0)
+
+
+def data_parallel(model: nn.Module) -> nn.parallel.DistributedDataParallel:
+    """The model with gradients averaged over the processes; buffers are `share_statistics`' matter."""
+    kind = nn.parallel.DistributedDataParallel
+    # torch 2.13 renamed the option.
+    name = (
+        "forward_sync_buffers" if "forward_sync_buffers" in inspect.signature(kind).parameters else "broadcast_buffers"
+    )
+    return kind(model, gradient_as_bucket_view=True, **{name: False})
 
 
 def share_statistics(model: nn.Module, *, synchronise: bool) -> list[torch.Tensor]:
