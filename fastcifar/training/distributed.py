@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
+import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -105,9 +107,44 @@ def from_environment() -> Processes:
 
 
 def join(processes: Processes, device: torch.device) -> None:
-    """Meets the other processes: NCCL on GPUs, gloo elsewhere."""
-    if processes.world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    """Meets the other processes: NCCL on GPUs, gloo elsewhere.
+
+    Raises:
+        ValueError: some do not come.
+    """
+    if processes.world_size == 1 or dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        dist.init_process_group(backend)
+        return
+    store = _own_part(next(dist.rendezvous("env://"))[0], processes)
+    dist.init_process_group(backend, store=store, rank=processes.rank, world_size=processes.world_size)
+
+
+def _own_part(store: dist.Store, processes: Processes, patience: float = 1800.0) -> dist.Store:
+    """The part of torchrun's store that belongs to these processes and not to earlier ones of the same ranks.
+
+    torchrun keeps one store over all restarts, in which the addresses of dead processes stand (pytorch issue 135712).
+    So the others tell the first one a name that nobody had before, and it tells each of these the name of the part.
+    """
+    name = uuid.uuid4().hex
+    if not processes.is_first:
+        store.set(f"fastcifar/{processes.rank}", name)
+        part = store.get(f"fastcifar/{name}").decode()
+        store.add(f"fastcifar/{part}", 1)
+        return dist.PrefixStore(part, store)
+    deadline = time.monotonic() + patience
+    ranks = [f"fastcifar/{rank}" for rank in range(1, processes.world_size)]
+    while store.add(f"fastcifar/{name}", 0) < len(ranks):
+        if time.monotonic() > deadline:
+            raise ValueError(f"not all of the {processes.world_size} processes came within {patience:.0f} s")
+        for key in ranks:
+            # A name of a dead process may be there still; its answer goes to nobody.
+            if store.check([key]):
+                store.set(f"fastcifar/{store.get(key).decode()}", name)
+        time.sleep(0.02)
+    return dist.PrefixStore(name, store)
 
 
 def leave() -> None:
