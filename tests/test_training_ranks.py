@@ -84,6 +84,9 @@ def train_all(rank, world_size, paths):
             )
     for name in IN_FLOAT32:
         results[name, "float32"] = trained(make(dataset_of(name, sources), rank, world_size, **TASKS[name]))
+        results[name, "sharded"] = trained(
+            make(dataset_of(name, sources), rank, world_size, data_placement="sharded", **TASKS[name])
+        )
         results[name, "local"] = trained(local_task(name, sources, rank, world_size), 1)
         if world_size == 1:
             results[name, "halves"] = [trained(local_task(name, sources, half=half), 1) for half in range(2)]
@@ -113,6 +116,14 @@ def paths(tmp_path_factory):
 def results(paths):
     """By number of ranks, rank, (task, precision): averages and tensors."""
     return {count: run_ranks(train_all, count, paths) for count in (1, 2, 4)}
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("name", IN_FLOAT32)
+def test_sharded_images_give_the_same_training(name, count, results):
+    for rank in results[count]:
+        for key, tensor in rank[name, "sharded"][2].items():
+            assert (tensor == rank[name, "float32"][2][key]).all(), key
 
 
 CASES = [*((name, "float64") for name in TASKS), *((name, "float32") for name in IN_FLOAT32)]

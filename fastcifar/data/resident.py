@@ -8,8 +8,10 @@ from typing import NamedTuple
 import numpy
 import torch
 
+from fastcifar import validation
 from fastcifar.data import augment
 from fastcifar.data.augment import Augmentation
+from fastcifar.data.shard import PLACEMENTS, ImageShard
 
 __all__ = ["Augmentation", "Batch", "ResidentLoader", "evaluation_batches"]
 
@@ -33,11 +35,11 @@ def _generator(seed: int, purpose: int, index: int) -> numpy.random.Generator:
     return numpy.random.Generator(numpy.random.Philox(key=[seed, (purpose << 40) | index]))
 
 
-def _pack(images: numpy.ndarray) -> torch.Tensor:
+def _pack(images: torch.Tensor) -> torch.Tensor:
     """[N, H, W, 3] bytes as [N·H·W + 1] int32, one pixel each and a black one at the end: a pixel is one load."""
-    packed = numpy.zeros((images.size // 3 + 1, 4), numpy.uint8)
+    packed = images.new_zeros((images.numel() // 3 + 1, 4))
     packed[:-1, :3] = images.reshape(-1, 3)
-    return torch.from_numpy(packed.view(numpy.int32).reshape(-1))
+    return packed.view(torch.int32).view(-1)
 
 
 class ResidentLoader:
@@ -57,6 +59,8 @@ class ResidentLoader:
         device: where the set lies and the batches are made.
         dtype: of the batches; float32, bfloat16 or float16.
         rank, world_size: this process's contiguous part of each global batch.
+        placement: "replicated", the whole set in every process, or "sharded", a part of it, the images of each batch
+            being exchanged; the batches are the same.
 
     Raises:
         ValueError: shapes, sizes or ranks that do not fit.
@@ -77,6 +81,7 @@ class ResidentLoader:
         dtype: torch.dtype = torch.float32,
         rank: int = 0,
         world_size: int = 1,
+        placement: str = "replicated",
     ):
         if images.ndim != 4 or images.shape[3] != 3 or images.dtype != numpy.uint8 or len(images) != len(labels):
             raise ValueError(
@@ -96,7 +101,12 @@ class ResidentLoader:
         self.batch_size, self.seed, self.augmentation = batch_size, seed, augmentation
         self.device, self.dtype = torch.device(device), dtype
         self._count, self._size = len(images), (size[0], size[1])
-        self._pixels = _pack(images).to(self.device)
+        validation.choose("placement", placement, PLACEMENTS)
+        self._shard = None
+        if placement == "sharded" and world_size > 1:
+            self._shard = ImageShard(images, rank, world_size, self.device)
+        else:
+            self._pixels = _pack(torch.from_numpy(images)).to(self.device)
         self._labels = torch.from_numpy(labels).to(self.device)
         self._scale, self._shift = _normalisation(mean, std, self.device)
         share = batch_size // world_size
@@ -138,6 +148,10 @@ class ResidentLoader:
         if self._flip_half is not None:
             flips = torch.from_numpy((self._flip_half[indices] + epochs) % 2 == 1).to(self.device)
         index = torch.from_numpy(indices).to(self.device)
+        labels = self._labels[index]
+        if self._shard is not None:
+            self._pixels = _pack(self._shard.fetch(self._wanted(step, positions)))
+            index = torch.arange(len(indices), device=self.device)
         where = torch.from_numpy(positions).to(self.device)
         images = self._gather(index, *augment.geometry(options, where, step, seed, flips, self._size))
         if options.color_jitter:
@@ -146,7 +160,13 @@ class ResidentLoader:
         if options.cutout:
             mask = augment.cutout_mask(options.cutout, where, step, seed, self._size)
             images.masked_fill_(mask[..., None], 0.0)
-        return images, self._labels[index]
+        return images, labels
+
+    def _wanted(self, step: int, positions: numpy.ndarray) -> list[numpy.ndarray]:
+        """Image indices at the positions that correspond to these in each process's part of the batch."""
+        share, own = len(self._positions), self._positions[0] // len(self._positions)
+        shifts = (numpy.arange(self.batch_size // share) - own) * share
+        return [self._indices(step, (positions + shift) % self.batch_size)[0] for shift in shifts]
 
     def _gather(self, index: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         """Bytes [n, H, W, 3] of the wanted rows and columns; an index of the image's size means black."""

@@ -109,6 +109,7 @@ class Adversarial:
             dtype=torch.float32,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
+            placement=recipe.data_placement,
         )
 
     @property

@@ -118,6 +118,7 @@ class Classification:
             dtype=self.amp_dtype,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
+            placement=recipe.data_placement,
         )
 
     @property
