@@ -1,0 +1,171 @@
+"""Step time against the number of processes: latency and bandwidth of every collective, and the arithmetic between.
+
+No overlap is assumed: a step is its arithmetic plus each of its collectives, one after the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy
+
+
+class Network(Protocol):
+    """What a collective costs."""
+
+    def seconds(self, kind: str, size: float, processes: int) -> float:
+        """Of one call into which each process puts `size` bytes."""
+
+
+def ring(kind: str, size: float, processes: int) -> tuple[int, float]:
+    """Hops one after the other, and the bytes that each process sends, of a collective around a ring."""
+    n = processes
+    if kind == "all_reduce":
+        return 2 * (n - 1), 2 * (n - 1) / n * size
+    if kind == "all_gather":
+        return n - 1, (n - 1) * size
+    if kind == "all_to_all":
+        return n - 1, (n - 1) / n * size
+    raise ValueError(f"no model of {kind!r}")
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Gloo: base + α·hops + β·bytes sent, in seconds; all links alike."""
+
+    base: float
+    alpha: float
+    beta: float
+
+    def seconds(self, kind: str, size: float, processes: int) -> float:
+        """As in `Network`."""
+        if processes == 1:
+            return 0.0
+        hops, sent = ring(kind, size, processes)
+        return self.base + self.alpha * hops + self.beta * sent
+
+
+def fit_ring(rows: Iterable[Mapping[str, Any]]) -> Ring:
+    """Least squares of the relative errors over rows of kind, bytes, processes and seconds; nothing below zero."""
+    rows = list(rows)
+    terms = numpy.array([[1.0, *ring(r["kind"], r["bytes"], r["processes"])] for r in rows])
+    seconds = numpy.array([r["seconds"] for r in rows])
+    chosen = list(range(3))
+    while True:
+        values, *_ = numpy.linalg.lstsq(terms[:, chosen] / seconds[:, None], numpy.ones(len(rows)), rcond=None)
+        if (values >= 0).all() or len(chosen) == 1:
+            break
+        chosen.remove(chosen[int(values.argmin())])
+    found = dict(zip(chosen, values.tolist(), strict=True))
+    return Ring(*(max(found.get(i, 0.0), 0.0) for i in range(3)))
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """Microseconds before anything moves, for a hop within and between machines, and the share of the bandwidth."""
+
+    tree: tuple[float, float, float]
+    ring: tuple[float, float, float]
+    share: float
+
+
+@dataclass(frozen=True)
+class Nccl:
+    """GPUs in machines, by NCCL's own cost model: the quickest of its protocols, trees and rings.
+
+    Source: NVIDIA/nccl, src/graph/tuning.cc (commit b647562): baseLat, hwLat and the latency formulas, whose constants
+    stand below; the overhead of a network post is that of Intel processors. Bandwidths, in bytes a second and
+    direction: 370 GB/s of NVLink 4 (NVIDIA/nccl-tests issue 212), 48 GB/s of a 400 Gb/s adapter for each GPU (issue
+    290).
+    """
+
+    gpus_per_machine: int = 8
+    within: float = 370e9
+    between: float = 48e9
+
+    protocols = (
+        Latencies(tree=(6.8, 0.6, 5.0), ring=(6.6, 0.6, 2.7), share=1 / 4),  # LL
+        Latencies(tree=(14.0, 1.25, 8.5), ring=(14.0, 1.9, 4.0), share=120 / 128),  # LL128
+    )
+    post_overhead = 1.0
+
+    def seconds(self, kind: str, size: float, processes: int) -> float:
+        """As in `Network`."""
+        if processes == 1:
+            return 0.0
+        machines = math.ceil(processes / self.gpus_per_machine)
+        sent = ring(kind, size, processes)[1]
+        rate = self.within if machines == 1 else self.between
+        times = []
+        for protocol in self.protocols:
+            latencies = [self._ring(protocol, kind, processes, machines)]
+            if kind == "all_reduce":
+                latencies.append(self._tree(protocol, processes, machines))
+            times += [1e-6 * latency + sent / (rate * protocol.share) for latency in latencies]
+        return min(times)
+
+    def _tree(self, protocol: Latencies, processes: int, machines: int) -> float:
+        base, intra, inter = protocol.tree
+        return base + 2 * ((processes / machines - 1) * intra + int(math.log2(machines)) * inter)
+
+    def _ring(self, protocol: Latencies, kind: str, processes: int, machines: int) -> float:
+        base, intra, inter = protocol.ring
+        hops = ring(kind, 0, processes)[0]
+        between = 0 if machines == 1 else 2 * machines if kind == "all_reduce" else machines - 1
+        if machines > 1:
+            intra = max(intra, self.post_overhead)
+        return base + (hops - between) * intra + between * inter
+
+
+def exchange_seconds(collectives: Iterable[Mapping[str, Any]], network: Network, processes: int) -> float:
+    """All collectives of a step: rows of kind, bytes (of one call) and calls."""
+    return sum(row["calls"] * network.seconds(row["kind"], row["bytes"], processes) for row in collectives)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """Seconds of a step's arithmetic on one GPU: what does not shrink with the batch, and that of an image.
+
+    Assumed, not measured: 0.65 ms for 512 images is this project's goal for ds_resnet on an H200, of which 0.25 ms are
+    taken to be some 100 kernels of a captured graph, each at least 2.5 µs.
+    """
+
+    fixed: float = 0.25e-3
+    image: float = 0.40e-3 / 512
+
+    def seconds(self, images: float) -> float:
+        """Of a batch of so many."""
+        return self.fixed + self.image * images
+
+
+def on_gpu(collectives: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The collectives as a GPU has them: batch statistics travel in float32 there."""
+    return [{**row, "bytes": row["bytes"] / 2 if row["dtype"] == "float64" else row["bytes"]} for row in collectives]
+
+
+def projection(
+    synchronised: Sequence[Mapping[str, Any]],
+    local: Sequence[Mapping[str, Any]],
+    counts: Sequence[int],
+    *,
+    images: int,
+    per_gpu: bool,
+    network: Network = Nccl(),  # noqa: B008  (frozen)
+    arithmetic: Arithmetic = Arithmetic(),  # noqa: B008  (frozen)
+) -> list[dict[str, Any]]:
+    """Rows of a table of projections: images in a step for each GPU, or (`per_gpu=False`) for all together."""
+    rows = []
+    for count in counts:
+        own = images if per_gpu else images / count
+        compute = arithmetic.seconds(own)
+        row: dict[str, Any] = {"GPUs": count, "images each": int(own), "arithmetic, ms": 1e3 * compute}
+        alone = arithmetic.seconds(images) / (1 if per_gpu else count)
+        for name, collectives in (("synchronised", synchronised), ("local", local)):
+            exchange = exchange_seconds(on_gpu(collectives), network, count)
+            row[f"{name}: exchange, ms"] = 1e3 * exchange
+            row[f"{name}: efficiency, %"] = round(100 * alone / (compute + exchange), 1)
+        rows.append(row)
+    return rows
