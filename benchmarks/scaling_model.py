@@ -146,26 +146,68 @@ def on_gpu(collectives: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{**row, "bytes": row["bytes"] / 2 if row["dtype"] == "float64" else row["bytes"]} for row in collectives]
 
 
+def efficiency(arithmetic: float, exchange: float, alone: float) -> float:
+    """Percent of what as many GPUs would do that need not exchange anything, to three digits."""
+    return float(f"{100 * alone / (arithmetic + exchange):.3g}")
+
+
 def projection(
-    synchronised: Sequence[Mapping[str, Any]],
-    local: Sequence[Mapping[str, Any]],
-    counts: Sequence[int],
-    *,
-    images: int,
-    per_gpu: bool,
-    network: Network = Nccl(),  # noqa: B008  (frozen)
-    arithmetic: Arithmetic = Arithmetic(),  # noqa: B008  (frozen)
+    volumes: Sequence[Mapping[str, Any]], counts: Sequence[int], *, images: int, each: bool
 ) -> list[dict[str, Any]]:
-    """Rows of a table of projections: images in a step for each GPU, or (`per_gpu=False`) for all together."""
-    rows = []
+    """Rows for ds_resnet on so many GPUs, with `images` in a step on each of them or (`each=False`) on all together.
+
+    The efficiency is against one GPU with those images.
+    """
+    network, arithmetic, rows = Nccl(), Arithmetic(), []
     for count in counts:
-        own = images if per_gpu else images / count
-        compute = arithmetic.seconds(own)
-        row: dict[str, Any] = {"GPUs": count, "images each": int(own), "arithmetic, ms": 1e3 * compute}
-        alone = arithmetic.seconds(images) / (1 if per_gpu else count)
-        for name, collectives in (("synchronised", synchronised), ("local", local)):
-            exchange = exchange_seconds(on_gpu(collectives), network, count)
-            row[f"{name}: exchange, ms"] = 1e3 * exchange
-            row[f"{name}: efficiency, %"] = round(100 * alone / (compute + exchange), 1)
+        compute = arithmetic.seconds(images if each else images / count)
+        row: dict[str, Any] = {"GPUs": count, "images on each": images if each else images // count}
+        row["arithmetic, ms"] = 1e3 * compute
+        alone = arithmetic.seconds(images) / (1 if each else count)
+        for name, task in (("synchronised", "ds_resnet"), ("local", "ds_resnet, local statistics")):
+            exchange = exchange_seconds(on_gpu(_of(task, volumes)), network, count)
+            row |= {f"{name}: exchange, ms": 1e3 * exchange}
+            row |= {f"{name}: efficiency, %": efficiency(compute, exchange, alone)}
+        rows.append(row)
+    return rows
+
+
+def _of(task: str, volumes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [row for row in volumes if row["task"] == task]
+
+
+def remedies(volumes: Sequence[Mapping[str, Any]], counts: Sequence[int], images: int = 512) -> list[dict[str, Any]]:
+    """Rows of what the exchange of a step costs, and what is left of the GPUs, with one remedy or another."""
+    network, arithmetic = Nccl(), Arithmetic()
+    synchronised = on_gpu(_of("ds_resnet", volumes))
+    local = on_gpu(_of("ds_resnet, local statistics", volumes))
+    gradients = [row for row in synchronised if row["dtype"] == "float32"]
+    statistics = [row for row in synchronised if row["dtype"] == "float64"]
+
+    def seconds(collectives: Sequence[Mapping[str, Any]], count: int) -> float:
+        return exchange_seconds(collectives, network, count)
+
+    def as_table(count: int) -> list[dict[str, Any]]:
+        gathers = [row for row in statistics if row["kind"] == "all_gather"]
+        summed = [{**row, "kind": "all_reduce", "bytes": count * row["bytes"]} for row in gathers]
+        return [*gradients, *(row for row in statistics if row["kind"] == "all_reduce"), *summed]
+
+    cases = {
+        "statistics of all GPUs": (1, 1, lambda count: seconds(synchronised, count)),
+        "the same, gathered by an all-reduce (not built)": (1, 1, lambda count: seconds(as_table(count), count)),
+        "statistics of each machine (not built)": (
+            1, 1, lambda count: seconds(statistics, min(count, 8)) + seconds(gradients, count),
+        ),
+        "local statistics": (1, 1, lambda count: seconds(local, count)),
+        "local, four batches to an update (not built)": (1, 4, lambda count: seconds(local, count)),
+        "local, four times the batch": (4, 1, lambda count: seconds(local, count)),
+    }  # fmt: skip
+    rows = []
+    for name, (larger, batches, exchange) in cases.items():
+        row: dict[str, Any] = {"remedy": name, "images on each": larger * images, "batches": batches}
+        compute = batches * arithmetic.seconds(larger * images)
+        for count in counts:
+            row[f"{count} GPUs: exchange, ms"] = 1e3 * exchange(count)
+            row[f"{count} GPUs: efficiency, %"] = efficiency(compute, exchange(count), compute)
         rows.append(row)
     return rows

@@ -44,7 +44,7 @@ def _parser() -> command_line.Parser:
         names = ["-b", flag(option.name)] if option.name == "batch_size" else [flag(option.name)]
         settings: dict[str, Any] = {"dest": option.name, "default": None, "help": option.metadata["help"]}
         if option.metadata["kind"] is bool:
-            settings["action"] = argparse.BooleanOptionalAction
+            settings["action"] = "store_true" if option.default is False else argparse.BooleanOptionalAction
         else:
             settings |= {"type": kinds[option.metadata["kind"]], "metavar": option.name.upper().split("_")[-1]}
             if "choices" in option.metadata:
@@ -238,8 +238,9 @@ def main(arguments: Sequence[str]) -> int:
             return _dry_run(chosen, task)
         folder = run_folder.RunFolder(place, saved.step if saved else 0, columns) if processes.is_first else None
         progress = reporter(chosen.steps, folder.log if folder is not None else None)
-        for notice in dataset.notices:
-            progress.message(notice)
+        for notice in (*dataset.notices, task.graph_notice):
+            if notice:
+                progress.message(notice)
         train_loop = loop.Loop(task, folder, progress, processes)
         if saved is not None:
             train_loop.resume(saved)

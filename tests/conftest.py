@@ -27,6 +27,16 @@ def cifar_folder() -> pathlib.Path:
     return pathlib.Path(folder)
 
 
+@pytest.fixture(scope="session")
+def lpips_weights() -> pathlib.Path:
+    """The file of LPIPS's published weights."""
+    beside = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data" / "lpips" / "squeeze-v0.1.safetensors"
+    path = pathlib.Path(os.environ.get("FASTCIFAR_LPIPS") or beside)
+    if not path.is_file():
+        pytest.skip("needs LPIPS's published weights: set FASTCIFAR_LPIPS to squeeze-v0.1.safetensors")
+    return path
+
+
 @pytest.fixture
 def one_thread():
     """For layers this small, several threads wait more for each other than they work."""

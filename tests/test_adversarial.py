@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from training_case import write_tiny
 
 from fastcifar import data
-from fastcifar.training import checkpoint, distributed, recipe, sampling
+from fastcifar.training import checkpoint, distributed, gan, recipe, sampling
 from fastcifar.training.adversarial import Adversarial
 from fastcifar.training.diff_augment import NUMBERS, diff_augment
 
@@ -63,14 +63,15 @@ def test_continuing_is_bit_exact(options, tiny, tmp_path):
 def test_each_network_is_trained_by_its_own_loss(tiny):
     task = make(tiny, loss="hinge", model_ema_decay=0.0)
     before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
-    task._train_discriminator(0, 0, 1e-3)
+    task.place(0)
+    task._train_discriminator(0)
     after = task.model.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     # The generator's batch norms see a batch; its weights stay.
     assert all("running_" in n or "num_batches" in n for n in moved if n.startswith("generator."))
     assert any(n.startswith("discriminator.") and n.endswith("original") for n in moved)
     before = {name: tensor.clone() for name, tensor in after.items()}
-    task._train_generator(0, 1e-3)
+    task._train_generator()
     moved = {name for name, tensor in task.model.state_dict().items() if not torch.equal(before[name], tensor)}
     assert moved and all(name.startswith("generator.") for name in moved)
     assert all(parameter.requires_grad for parameter in task.discriminator.parameters())
@@ -78,13 +79,15 @@ def test_each_network_is_trained_by_its_own_loss(tiny):
 
 def test_losses_are_the_published_ones(tiny):
     real, fake = torch.tensor([0.5, -2.0, 3.0]), torch.tensor([-0.5, 2.0, -3.0])
-    hinge = make(tiny, loss="hinge")._discriminator_loss(real, fake)
+    hinge = gan.discriminator_loss("hinge", real, fake)
     assert float(hinge) == pytest.approx((0.5 + 3.0 + 0.0) / 3 + (0.5 + 3.0 + 0.0) / 3)
-    task = make(tiny, model="dcgan")
-    assert task.loss == "bce"
+    assert make(tiny, model="dcgan").loss == "bce"
     expected = F.binary_cross_entropy_with_logits(real, torch.ones(3))
     expected += F.binary_cross_entropy_with_logits(fake, torch.zeros(3))
-    torch.testing.assert_close(task._discriminator_loss(real, fake), expected)
+    torch.testing.assert_close(gan.discriminator_loss("bce", real, fake), expected)
+    assert float(gan.generator_loss("aw_hinge", fake)) == pytest.approx(0.5)
+    expected = F.binary_cross_entropy_with_logits(fake, torch.ones(3))
+    torch.testing.assert_close(gan.generator_loss("nonsaturating", fake), expected)
 
 
 def test_real_and_generated_images_meet_the_same_discriminator(tiny):
@@ -106,7 +109,8 @@ def test_a_bad_step_changes_no_weight(tiny):
     before = [p.detach().clone() for p in task.discriminator.parameters()]
     with torch.no_grad():
         task.generator.to_image.weight.fill_(float("nan"))
-    task._train_discriminator(1, 0, 1e-3)
+    task.place(1)
+    task._train_discriminator(0)
     assert all(torch.equal(p, old) for p, old in zip(task.discriminator.parameters(), before, strict=True))
     assert int(task.bad_steps) == 1 and int(task.first_bad) == 1
 
@@ -121,8 +125,6 @@ def test_collapse_and_saturation_are_warned_of(tiny):
     assert "tells all images apart" in task.watch({**row, "score_real": 0.999, "score_fake": 0.001})
     with torch.no_grad():
         task.generator.to_image.weight.zero_()
-    task._train_discriminator(1, 0, 0.0)
-    task.sums.zero_()
     task.train_step(1)
     assert task.take_averages()["deviation"] < 0.02
 

@@ -102,7 +102,7 @@ def local_task(name, sources, rank=0, world_size=1, half=None):
         task.loader = task._build_loader()
         task.processes = distributed.Processes()
         if name != "classifier":
-            task._draw = lambda step, turn, draw=task._draw: draw(step, turn).part(8 * half, 8 * half + 8)
+            task._draw = lambda turn, draw=task._draw: draw(turn).part(8 * half, 8 * half + 8)
     return task
 
 

@@ -32,7 +32,7 @@ def _check_scheme(url: str, schemes: Collection[str]) -> None:
 
 
 def cache_folder() -> pathlib.Path:
-    """Where downloaded weights are kept: $FASTCIFAR_CACHE, else ~/.cache/fastcifar."""
+    """$FASTCIFAR_CACHE, else ~/.cache/fastcifar: for weights of metrics and statistics; it may not exist yet."""
     return pathlib.Path(os.environ.get("FASTCIFAR_CACHE") or "~/.cache/fastcifar").expanduser()
 
 

@@ -97,24 +97,26 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _read_zip(content: bytes) -> tuple[Any, dict[str, bytes]]:
+    left = len(content)  # stored members that share bytes could ask for more
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        members = {member.filename: member for member in archive.infolist()}
 
         def read(name: str) -> bytes:
-            if name not in members:
-                raise pickle.UnpicklingError(f"no {name}")
-            if members[name].compress_type != zipfile.ZIP_STORED:
-                raise pickle.UnpicklingError(f"{name} compressed")
-            return archive.read(members[name])
+            nonlocal left
+            member = archive.getinfo(name)
+            left -= member.file_size
+            if member.compress_type != zipfile.ZIP_STORED or left < 0:
+                raise pickle.UnpicklingError(f"{name}, compressed or sharing its bytes with others")
+            return archive.read(member)
 
-        roots = [name.partition("/")[0] for name in members if name.partition("/")[2] == "data.pkl"]
-        if len(roots) != 1:
-            raise pickle.UnpicklingError(f"{len(roots)} tables")
-        if f"{roots[0]}/byteorder" in members and read(f"{roots[0]}/byteorder") != b"little":
+        tables = [name for name in archive.namelist() if name.partition("/")[2] == "data.pkl"]
+        if len(tables) != 1:
+            raise pickle.UnpicklingError(f"{len(tables)} tables of tensors")
+        root = tables[0].removesuffix("data.pkl")
+        if f"{root}byteorder" in archive.namelist() and read(f"{root}byteorder") != b"little":
             raise pickle.UnpicklingError("big-endian numbers")
-        unpickler = _Unpickler(io.BytesIO(read(f"{roots[0]}/data.pkl")))
+        unpickler = _Unpickler(io.BytesIO(read(tables[0])))
         table = unpickler.load()
-        return table, {key: read(f"{roots[0]}/data/{key}") for key in unpickler.storages}
+        return table, {key: read(f"{root}data/{key}") for key in unpickler.storages}
 
 
 def _read_row(content: bytes) -> tuple[Any, dict[str, bytes]]:
@@ -129,7 +131,7 @@ def _read_row(content: bytes) -> tuple[Any, dict[str, bytes]]:
         storage = unpickler.storages[key]
         (count,) = struct.unpack("<q", stream.read(8))
         if count != storage.count:
-            raise pickle.UnpicklingError(f"a storage of {count} numbers that was announced with {storage.count}")
+            raise pickle.UnpicklingError(f"{count} numbers in storage {key}, announced with {storage.count}")
         contents[key] = stream.read(count * storage.dtype.itemsize)
     return table, contents
 
@@ -143,7 +145,7 @@ def _read_saved(content: bytes, read: Callable[[bytes], tuple[Any, dict[str, byt
     tensors = {}
     for name, value in table.items():
         if type(name) is not str or not isinstance(value, _Strided):
-            raise pickle.UnpicklingError(f"{name!r}, which is not a named tensor but a {type(value).__name__}")
+            raise pickle.UnpicklingError(f"{name!r}, which is not the name of a tensor")
         dtype, key, count = value.storage
         if len(memory[key]) != count * dtype.itemsize:
             raise pickle.UnpicklingError(f"{len(memory[key])} bytes for {count} numbers of {dtype}")
@@ -170,4 +172,4 @@ def read_tensors(content: bytes, source: str) -> dict[str, torch.Tensor]:
         return safetensors.torch.load(content)
     except (Exception, MemoryError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{source}: refused, not a file of named tensors: it holds {reason}") from error
+        raise DataError(f"{source}: refused, not a file of named tensors ({reason})") from error

@@ -34,9 +34,9 @@ class InceptionFeatures:
         notify: told of a download.
 
     Attributes:
-        name: "inception", or what says that the weights are not the published file.
+        dimension: 2048. device: of network and features. resize: what the network does to the images' size.
+        name: "inception", and "(not the published file)" where the weights are another.
         digest: SHA-256 of the weights' file.
-        resize: what the network does to the images' size.
 
     Raises:
         DataError: no weights, or other tensors than the network's.
@@ -55,7 +55,7 @@ class InceptionFeatures:
         path = _find(weights, notify)
         content = path.read_bytes()
         self.device, self.digest = torch.device(device), hashlib.sha256(content).hexdigest()
-        self.name = "inception" if self.digest == SHA256 else "inception with other weights than the published"
+        self.name = "inception" if self.digest == SHA256 else "inception (not the published file)"
         self.network = _build(module, read_tensors(content, str(path)), path).to(self.device)
 
     @torch.no_grad()
@@ -90,7 +90,7 @@ def _find(given: str | None, notify: Callable[[str], None]) -> pathlib.Path:
     try:
         return download(URL, target, sha256=SHA256, size_limit=_SIZE_LIMIT, notify=notify)
     except (DataError, OSError) as error:
-        raise DataError(f"the inception features need {FILE}, and {error}, or give its path") from error
+        raise DataError(f"the inception features need {FILE}; {error}, or give its path") from error
 
 
 def _build(module: Any, tensors: Mapping[str, torch.Tensor], path: pathlib.Path) -> torch.nn.Module:

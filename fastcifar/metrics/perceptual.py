@@ -89,7 +89,10 @@ class Lpips:
     def __init__(self, weights: str | None = None, device: torch.device | str = "cpu"):
         path = pathlib.Path(weights) if weights is not None else cache_folder() / FILE
         if not path.is_file():
-            raise DataError(f"LPIPS needs its weights, and there is no file {path}; put them there or give their path")
+            raise DataError(
+                f"LPIPS needs its weights, and there is no file {path}; put them there or give their path (the README "
+                "says how to make the file)"
+            )
         content = path.read_bytes()
         self.device, self.digest = torch.device(device), hashlib.sha256(content).hexdigest()
         self._features, self._roots = _build(read_tensors(content, str(path)), path)
@@ -142,13 +145,18 @@ def nearest_neighbours(lpips: Lpips, generated: numpy.ndarray, real: numpy.ndarr
         count: k.
 
     Raises:
-        ValueError: images of other kinds or sizes, or fewer real ones than k.
+        ValueError: images of other kinds or sizes, none, or fewer real ones than k.
     """
     for name, images in (("generated", generated), ("real", real)):
-        if images.dtype != numpy.uint8 or images.ndim != 4 or images.shape[1:] != generated.shape[1:]:
+        if (
+            images.dtype != numpy.uint8
+            or images.ndim != 4
+            or images.shape[1:] != generated.shape[1:]
+            or not len(images)
+        ):
             raise ValueError(
-                f"nearest_neighbours: {name} must be uint8 [N, H, W, 3] of one size, got {images.dtype} "
-                f"{list(images.shape)} (generated is {list(generated.shape)})"
+                f"nearest_neighbours: {name} must be uint8 [N, H, W, 3], at least one and all of one size, got "
+                f"{images.dtype} {list(images.shape)} beside {list(generated.shape)}"
             )
     if not 1 <= count <= len(real):
         raise ValueError(f"nearest_neighbours: count must be from 1 to {len(real)} real images, got {count}")

@@ -7,17 +7,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 from fastcifar import data
 from fastcifar import nn as fused
 from fastcifar.metrics import METRICS
+from fastcifar.profiling import annotate
 from fastcifar.training import distributed, environment, judging, sampling, schedule
+from fastcifar.training.capture import Feed, build_graph
 from fastcifar.training.checkpoint import Checkpoint, CheckpointError
 from fastcifar.training.diff_augment import NUMBERS, diff_augment
 from fastcifar.training.ema import WeightAverage
-from fastcifar.training.gan import build_gan
+from fastcifar.training.gan import build_gan, discriminator_loss, generator_loss
 from fastcifar.training.optimisers import GuardedStep, build_optimiser
 from fastcifar.training.options import Recipe
 from fastcifar.training.recipe import names, policies
@@ -77,6 +78,8 @@ class Adversarial:
         self.sums = torch.zeros(len(AVERAGES), dtype=torch.float64, device=device)
         self.seen = 0
         self.loader = self._build_loader()
+        self.feed = Feed(device, static=device.type == "cuda")
+        self.graph, self.graph_notice = build_graph(self.compute, device, recipe, self.amp_dtype, processes.world_size)
         self.judge = self._build_judge()
 
     def _spectral_group(self) -> fused.SpectralNormGroup | None:
@@ -132,13 +135,31 @@ class Adversarial:
         recipe = self.recipe
         return recipe.lr * schedule.factor(recipe.sched, step, recipe.steps, recipe.warmup_steps)
 
-    def _draw(self, step: int, turn: int) -> sampling.Draw:
-        """Latents, labels and augmentation numbers of one forward pass of this process: a function of its place."""
-        number = step * (self.recipe.n_dis + 1) + turn
-        whole = sampling.draw(self.model, self.recipe.seed, number, self.recipe.batch_size, 2 * NUMBERS)
+    def place(self, step: int) -> None:
+        """Puts what the step takes from the host where `compute` reads it."""
+        feed, n_dis = self.feed, self.recipe.n_dis
         size = self.recipe.batch_size // self.processes.world_size
         begin = self.processes.rank * size
-        return whole.part(begin, begin + size).to(self.device)
+        # Latents, labels and augmentation numbers of each forward pass: functions of its place in the run.
+        for turn in range(n_dis + 1):
+            number = step * (n_dis + 1) + turn
+            whole = sampling.draw(self.model, self.recipe.seed, number, self.recipe.batch_size, 2 * NUMBERS)
+            for name, value in whole.part(begin, begin + size)._asdict().items():
+                if value is not None:
+                    feed.put(f"{name} {turn}", value)
+        for turn in range(n_dis):
+            batch = self.loader.batch(step * n_dis + turn)
+            feed.put(f"images {turn}", batch.images)
+            feed.put(f"classes {turn}", batch.labels)
+        feed.number("step", step)
+        feed.number("rate", self.learning_rate(step))
+        if self.ema is not None:
+            feed.number("share", self.ema.share(step))
+        self.seen += 1
+
+    def _draw(self, turn: int) -> sampling.Draw:
+        labels = self.feed[f"labels {turn}"] if self.model.conditional else None
+        return sampling.Draw(self.feed[f"latents {turn}"], labels, self.feed[f"numbers {turn}"])
 
     def _autocast(self) -> torch.autocast:
         enabled = self.amp_dtype != torch.float32
@@ -156,66 +177,63 @@ class Adversarial:
 
     def train_step(self, step: int) -> None:
         """`n_dis` updates of the discriminator and one of the generator."""
-        rate = self.learning_rate(step)
+        with annotate("place"):
+            self.place(step)
+        with annotate("step"):
+            (self.graph or self.compute)()
+
+    def compute(self) -> None:
+        """The step's work on the device."""
         values: list[torch.Tensor] = []
         for turn in range(self.recipe.n_dis):
-            values = self._train_discriminator(step, turn, rate)
-        loss_g = self._train_generator(step, rate)
+            with annotate("discriminator"):
+                values = self._train_discriminator(turn)
+        with annotate("generator"):
+            loss_g = self._train_generator()
         self.processes.average(self._unshared)
         if self.ema is not None:
-            self.ema.update(step)
+            self.ema.update(self.feed["share"])
         values.insert(1, loss_g)
         self.sums += torch.stack([value.detach().double() for value in values])
-        self.seen += 1
 
-    def _train_discriminator(self, step: int, turn: int, rate: float) -> list[torch.Tensor]:
-        batch = self.loader.batch(step * self.recipe.n_dis + turn)
-        draw = self._draw(step, turn)
+    def _train_discriminator(self, turn: int) -> list[torch.Tensor]:
+        draw = self._draw(turn)
         with torch.no_grad():
             generated = self._generate(draw)
         if self.spectral is not None:
             self.spectral.step()
         self.update_d.optimiser.zero_grad(set_to_none=True)
-        labels = batch.labels if self.model.conditional else None
-        real = self._judge_images(batch.images, labels, draw.numbers[:, :NUMBERS])
+        labels = self.feed[f"classes {turn}"] if self.model.conditional else None
+        real = self._judge_images(self.feed[f"images {turn}"], labels, draw.numbers[:, :NUMBERS])
         fake = self._judge_images(generated, draw.labels, draw.numbers[:, NUMBERS:])
         if self.loss == "aw_hinge":
             found = self.hinge.backward(real, fake)
             loss = found.loss_real + found.loss_fake
             rest = [found.score_real, found.score_fake, found.weight_real, found.weight_fake, found.cosine]
         else:
-            loss = self._discriminator_loss(real, fake)
+            loss = discriminator_loss(self.loss, real, fake)
             loss.backward()
-            self._average_gradients(self.discriminator)
+            self.processes.average_gradients(self.discriminator)
             one = torch.ones((), device=self.device)
             rest = [real.detach().sigmoid().mean(), fake.detach().sigmoid().mean(), one, one, 0 * one]
-        self.update_d.apply(loss, step, rate)
+        self.update_d.apply(loss, self.feed["step"], self.feed["rate"])
         # How much the generated images differ from each other: next to nothing after a collapse.
         deviation = generated.std(0).mean()
         return [loss, *rest, real.detach().mean(), fake.detach().mean(), deviation]
 
-    def _discriminator_loss(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-        if self.loss == "hinge":
-            return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-        # Binary cross-entropy with logits; the non-saturating loss has the same discriminator.
-        return F.softplus(-real).mean() + F.softplus(fake).mean()
-
-    def _train_generator(self, step: int, rate: float) -> torch.Tensor:
-        draw = self._draw(step, self.recipe.n_dis)
+    def _train_generator(self) -> torch.Tensor:
+        draw = self._draw(self.recipe.n_dis)
         self.update_g.optimiser.zero_grad(set_to_none=True)
         self.discriminator.requires_grad_(False)
         try:
             fake = self._judge_images(self._generate(draw), draw.labels, draw.numbers[:, :NUMBERS])
-            loss = -fake.mean() if self.loss in ("hinge", "aw_hinge") else F.softplus(-fake).mean()
+            loss = generator_loss(self.loss, fake)
             loss.backward()
         finally:
             self.discriminator.requires_grad_(True)
-        self._average_gradients(self.generator)
-        self.update_g.apply(loss, step, rate)
+        self.processes.average_gradients(self.generator)
+        self.update_g.apply(loss, self.feed["step"], self.feed["rate"])
         return loss
-
-    def _average_gradients(self, network: nn.Module) -> None:
-        self.processes.average([p.grad for p in network.parameters() if p.grad is not None])
 
     def take_averages(self) -> dict[str, float]:
         """Means over the steps since the last call; the scores are those of the raw logits through a sigmoid."""
@@ -325,3 +343,5 @@ class Adversarial:
         self.seen = checkpoint.state["seen"] if same else 0
         if self.spectral is not None:
             self.spectral.invalidate()
+        if self.graph is not None:
+            self.graph.reset()

@@ -55,6 +55,10 @@ class Processes:
         parts = flat.split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(list(tensors), [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
 
+    def average_gradients(self, network: nn.Module) -> None:
+        """The mean of the network's gradients over all processes, in place."""
+        self.average([p.grad for p in network.parameters() if p.grad is not None])
+
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """[processes, …]: the tensors of all; with one process the tensor itself."""
         if self.world_size == 1:

@@ -1,8 +1,9 @@
-"""The two networks of a recipe or of a checkpoint."""
+"""The two networks of a recipe or of a checkpoint, and their losses."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from fastcifar import models
 from fastcifar.training.checkpoint import Checkpoint, CheckpointError
@@ -51,3 +52,16 @@ def load_gan(saved: Checkpoint, recipe: Recipe, *, average: bool = True) -> tupl
     if average and averaged:
         gan.generator.load_state_dict(averaged)
     return gan.eval().requires_grad_(False), names
+
+
+def discriminator_loss(kind: str, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """The discriminator's loss of raw logits [n] of real and generated images; "hinge", "bce" or "nonsaturating"."""
+    if kind == "hinge":
+        return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+    # Binary cross-entropy with logits; the non-saturating loss has the same discriminator.
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def generator_loss(kind: str, fake: torch.Tensor) -> torch.Tensor:
+    """The generator's loss of the raw logits [n] of its images."""
+    return -fake.mean() if kind in ("hinge", "aw_hinge") else F.softplus(-fake).mean()

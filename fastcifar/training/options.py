@@ -82,6 +82,11 @@ class Recipe:
     data_placement: str = _option(
         "replicated", "training images on the devices: all on each, or a part on each", _SPEED, choices=PLACEMENTS
     )
+    cuda_graph: bool | None = _option(
+        None, "replay each step as one CUDA graph; default: where it can be, on a single GPU", _SPEED, bool
+    )
+    nvtx: bool = _option(False, "NVTX ranges of steps, phases and operators, for nsys and ncu", _SPEED, bool)
+    profile: bool = _option(False, "profile some steps: profile/ in the run folder", _SPEED, bool)
     compile: bool = _option(False, "torch.compile the network", _SPEED, bool)
     seed: int = _count(0, "of weights, order and augmentation", _SPEED)
     deterministic: bool = _option(False, "only deterministic algorithms", _SPEED, bool)
