@@ -229,6 +229,7 @@ def main(arguments: Sequence[str]) -> int:
     chosen = recipe.with_budget(chosen, len(dataset.train_images))
     distributed.join(processes, device)
     try:
+        processes.check_same("begins after step", saved.step if saved else 0)
         gan = chosen.model in models.list_models(gan=True)
         columns = run_folder.GAN_COLUMNS if gan else run_folder.COLUMNS
         task = (Adversarial if gan else Classification)(chosen, dataset, device, processes)

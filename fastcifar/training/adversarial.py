@@ -65,8 +65,10 @@ class Adversarial:
         self.loss = recipe.loss if recipe.loss != "auto" else "bce" if recipe.model == "dcgan" else "aw_hinge"
         self.policies = policies(recipe.diffaugment)
         group = dist.group.WORLD if processes.world_size > 1 else None
+        self._unshared: list[torch.Tensor] = []
         if group is not None:
-            distributed.synchronise_statistics(self.model)
+            distributed.share_weights(self.model)
+            self._unshared = distributed.share_statistics(self.model, synchronise=recipe.sync_bn)
         self.spectral = self._spectral_group()
         self.hinge = fused.AdaptiveWeightedHinge(self.discriminator.parameters(), process_group=group)
         self.update_g, self.update_d = (
@@ -111,6 +113,7 @@ class Adversarial:
             impl=recipe.impl,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
+            placement=recipe.data_placement,
         )
 
     @property
@@ -151,6 +154,9 @@ class Adversarial:
             feed.number("share", self.ema.share(step))
         self.seen += 1
 
+    def _draw(self, turn: int) -> sampling.Draw:
+        return self.feed.take(f"draw {turn}", sampling.Draw)
+
     def _autocast(self) -> torch.autocast:
         enabled = self.amp_dtype != torch.float32
         return torch.autocast(self.device.type, self.amp_dtype, enabled=enabled)
@@ -180,13 +186,14 @@ class Adversarial:
                 values = self._train_discriminator(turn)
         with annotate("generator"):
             loss_g = self._train_generator()
+        self.processes.average(self._unshared)
         if self.ema is not None:
             self.ema.update(self.feed["share"])
         values.insert(1, loss_g)
         self.sums += torch.stack([value.detach().double() for value in values])
 
     def _train_discriminator(self, turn: int) -> list[torch.Tensor]:
-        draw = self.feed.take(f"draw {turn}", sampling.Draw)
+        draw = self._draw(turn)
         with annotate("augment"):
             batch = self.loader.render(self.feed.take(f"plan {turn}", data.Plan))
         with torch.no_grad():
@@ -213,7 +220,7 @@ class Adversarial:
         return [loss, *rest, real.detach().mean(), fake.detach().mean(), deviation]
 
     def _train_generator(self) -> torch.Tensor:
-        draw = self.feed.take(f"draw {self.recipe.n_dis}", sampling.Draw)
+        draw = self._draw(self.recipe.n_dis)
         self.update_g.optimiser.zero_grad(set_to_none=True)
         self.discriminator.requires_grad_(False)
         try:
@@ -287,7 +294,7 @@ class Adversarial:
         return tensors
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """All that the next steps depend on: tensors by name, and JSON values."""
+        """All that the next steps depend on: tensors by name, and JSON values. All processes ask together."""
         tensors = self.network_tensors()
         for name, update, network in self._updates():
             tensors |= optimiser_tensors(update.optimiser, network, f"optimiser_{name}")
@@ -330,8 +337,8 @@ class Adversarial:
             load_optimiser(update.optimiser, network, parts.get(f"optimiser_{name}", {}))
             update.bad_steps.copy_(parts["progress"][f"bad_steps_{name}"])
             update.first_bad.copy_(parts["progress"][f"first_bad_{name}"])
-        self.sums.copy_(parts["progress"]["sums"])
-        self.seen = checkpoint.state["seen"]
+        same = self.processes.take_own(self.sums, parts["progress"]["sums"])
+        self.seen = checkpoint.state["seen"] if same else 0
         if self.spectral is not None:
             self.spectral.invalidate()
         if self.graph is not None:

@@ -88,11 +88,10 @@ class Classification:
         self.seen = 0
         self._has_dropout = any(isinstance(m, nn.modules.dropout._DropoutNd) for m in self.model.modules())
         self._forward: Any = self.model
+        self._unshared: list[torch.Tensor] = []
         if processes.world_size > 1:
-            distributed.synchronise_statistics(self.model)
-            self._forward = nn.parallel.DistributedDataParallel(
-                self.model, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self._unshared = distributed.share_statistics(self.model, synchronise=recipe.sync_bn)
+            self._forward = distributed.data_parallel(self.model)
         if recipe.compile:
             self._forward = torch.compile(self._forward)
         self.loader = self._build_loader()
@@ -125,6 +124,7 @@ class Classification:
             impl=recipe.impl,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
+            placement=recipe.data_placement,
         )
 
     @property
@@ -176,6 +176,7 @@ class Classification:
         with annotate("loss"):
             loss = self._loss(logits.float(), batch)
         self.update(loss, feed["step"], feed["rate"])
+        self.processes.average(self._unshared)
         if self.ema is not None:
             with annotate("average"):
                 self.ema.update(feed["share"])
@@ -252,10 +253,11 @@ class Classification:
         return tensors
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """All that the next steps depend on: tensors by name, and JSON values."""
+        """All that the next steps depend on: tensors by name, and JSON values. All processes ask together."""
         tensors = self.network_tensors()
         tensors |= optimiser_tensors(self.optimiser, self.model, "optimiser")
-        tensors |= {"progress.loss_sum": self.loss_sum, "progress.correct": self.correct}
+        for name, own in (("loss_sum", self.loss_sum), ("correct", self.correct)):
+            tensors[f"progress.{name}"] = self.processes.gather(own)
         tensors |= {"progress.bad_steps": self.update.bad_steps, "progress.first_bad": self.update.first_bad}
         scaler = self.update.scaler.state_dict() if self.update.scaler else None
         return tensors, {"seen": self.seen, "scaler": scaler}
@@ -277,11 +279,11 @@ class Classification:
             self.ema.model.load_state_dict(parts["ema"])
         load_optimiser(self.optimiser, self.model, parts.get("optimiser", {}))
         progress = parts["progress"]
-        self.loss_sum.copy_(progress["loss_sum"])
-        self.correct.copy_(progress["correct"])
+        same = self.processes.take_own(self.loss_sum, progress["loss_sum"])
+        self.processes.take_own(self.correct, progress["correct"])
         self.update.bad_steps.copy_(progress["bad_steps"])
         self.update.first_bad.copy_(progress["first_bad"])
-        self.seen = checkpoint.state["seen"]
+        self.seen = checkpoint.state["seen"] if same else 0
         if self.update.scaler:
             self.update.scaler.load_state_dict(checkpoint.state["scaler"])
         if self.graph is not None:

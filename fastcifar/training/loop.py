@@ -86,11 +86,12 @@ class Loop:
                 self.seconds += time.perf_counter() - started
                 if due:
                     self._row()
-                stopped = self.step % self._ask_every == 0 and self.processes.any(stop.signal is not None)
-                if self._due(self.recipe.save_every) or self.step == steps or stopped:
-                    self._save(last=self.step == steps or stopped)
-                if stopped and self.step < steps:
-                    raise Stopped(stop.signal or 0, self.step)
+                # The same answer everywhere, whichever process the signal went to.
+                signal = self.processes.largest(stop.signal or 0) if self.step % self._ask_every == 0 else 0
+                if self._due(self.recipe.save_every) or self.step == steps or signal:
+                    self._save(last=self.step == steps or signal > 0)
+                if signal and self.step < steps:
+                    raise Stopped(signal, self.step)
 
     def _train_step(self, step: int) -> None:
         if self._profile is None:
@@ -140,9 +141,10 @@ class Loop:
 
     def _check_finite(self) -> None:
         bad = int(self.task.bad_steps)
-        if not bad:
+        # In float16 each process looks at its own loss.
+        if not self.processes.any(bad > 0):
             return
-        first = int(self.task.first_bad) + 1
+        first = self.processes.largest(int(self.task.first_bad)) + 1
         if self.recipe.nan == "stop":
             raise NotFinite(
                 f"loss or gradients were not finite at step {first} ({bad} such steps, none of which changed the "
@@ -151,9 +153,22 @@ class Loop:
         self.progress.message(f"skipped {bad} steps so far whose loss or gradients were not finite (first: {first})")
 
     def _save(self, *, last: bool) -> None:
-        if self.folder is None or self._saved == self.step:
+        if self._saved == self.step:
             return
         tensors, state = self.task.state()
+        failure = self._write(tensors, state)
+        # Nobody leaves before the last checkpoint is there: a process that ends has torchrun end the others.
+        if last and self.processes.any(failure is not None):
+            place = "the run folder" if self.folder is None else self.folder.path / "checkpoints"
+            reason = "the first process says why" if failure is None else failure
+            raise SaveFailed(f"the last checkpoint could not be written to {place} ({reason})") from failure
+        if failure is not None:
+            self.progress.message(f"WARNING: no checkpoint at step {self.step} ({failure}); the older ones are intact")
+
+    def _write(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> OSError | None:
+        """Writes the checkpoint, in the first process only; what went wrong."""
+        if self.folder is None:
+            return None
         state |= {"config": dataclasses.asdict(self.recipe), "seconds": self.seconds, "since": list(self._since)}
         place = self.folder.path / "checkpoints"
         try:
@@ -161,9 +176,8 @@ class Loop:
             checkpoint.prune(place, self.recipe.keep_last)
             self._saved = self.step
         except OSError as error:
-            if last:
-                raise SaveFailed(f"the last checkpoint could not be written to {place} ({error})") from error
-            self.progress.message(f"WARNING: no checkpoint at step {self.step} ({error}); the older ones are intact")
+            return error
+        return None
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
         """Goes on from a checkpoint."""
