@@ -31,9 +31,9 @@ class Batch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What makes a global batch: `step`, int64 [1]; `indices`, int64 [B]; for alternating flips `flips`, bool [B]."""
+    """Which images a global batch is made of, `indices`, int64 [B], and for alternating flips which of them are
+    mirrored, `flips`, bool [B]."""
 
-    step: torch.Tensor
     indices: torch.Tensor
     flips: torch.Tensor | None
 
@@ -60,6 +60,9 @@ class ResidentLoader:
         dtype: of the batches; float32, bfloat16 or float16.
         rank, world_size: this process's contiguous part of each global batch.
         impl: of the augmentations, as in `fastcifar.functional.augment`.
+
+    Attributes:
+        share: images of each batch that this rank makes.
 
     Raises:
         ValueError: shapes, sizes or ranks that do not fit.
@@ -101,8 +104,8 @@ class ResidentLoader:
         self._count, self._mean, self._std = len(images), tuple(mean), tuple(std)
         self._images = torch.from_numpy(numpy.ascontiguousarray(images)).to(self.device)
         self._labels = torch.from_numpy(labels).to(self.device)
-        share = batch_size // world_size
-        self._positions = rank * share, share  # the first, and how many
+        self.share = batch_size // world_size
+        self._first = rank * self.share
         halves = _generator(seed, _FLIP_HALF, 0).integers(0, 2, self._count, dtype=numpy.int64)
         self._flip_half = halves if augmentation.hflip == "alternating" else None
         self._orders: dict[int, numpy.ndarray] = {}
@@ -133,28 +136,29 @@ class ResidentLoader:
         return indices, epochs
 
     def plan(self, step: int) -> Plan:
-        """What the batch of 0-based `step` is made of, on the device."""
+        """What the batch of 0-based `step` is made of, on the host."""
         indices, epochs = self._indices(step, numpy.arange(self.batch_size))
-        flips = None
-        if self._flip_half is not None:
-            flips = torch.from_numpy((self._flip_half[indices] + epochs) % 2 == 1).to(self.device)
-        return Plan(torch.tensor([step], device=self.device), torch.from_numpy(indices).to(self.device), flips)
+        mirrored = None if self._flip_half is None else torch.from_numpy((self._flip_half[indices] + epochs) % 2 == 1)
+        return Plan(torch.from_numpy(indices), mirrored)
 
-    def render(self, plan: Plan) -> Batch:
-        """The batch of a plan. Nothing here waits for the device or depends on anything but the plan's tensors, so that
-        a captured graph can be given new ones by copying into them."""
-        first, count = self._positions
+    def render(self, step: int | torch.Tensor, indices: torch.Tensor, flips: torch.Tensor | None = None) -> Batch:
+        """This rank's part of a planned batch; tensors on the device.
+
+        Nothing here waits for the device or depends on anything else, so that a captured graph can be given new
+        numbers by copying into these tensors; `step` may be one int64 number on the device too.
+        """
         images, partners, partner_weight = functional.augment(
-            self._images, plan.indices, step=plan.step, seed=self.seed, mean=self._mean, std=self._std, first=first,
-            count=count, flips=plan.flips, random_flip=self.augmentation.hflip == "random", dtype=self.dtype,
+            self._images, indices, step=step, seed=self.seed, mean=self._mean, std=self._std, first=self._first,
+            count=self.share, flips=flips, random_flip=self.augmentation.hflip == "random", dtype=self.dtype,
             impl=self.impl, **self.augmentation.options,
         )  # fmt: skip
-        labels = self._labels[plan.indices[first : first + count]]
+        labels = self._labels[indices[self._first : self._first + self.share]]
         return Batch(images, labels, None if partners is None else self._labels[partners], partner_weight)
 
     def batch(self, step: int) -> Batch:
         """This rank's part of the global batch of 0-based `step`; the same at every call."""
-        return self.render(self.plan(step))
+        planned = (None if tensor is None else tensor.to(self.device) for tensor in self.plan(step))
+        return self.render(step, *planned)
 
 
 def evaluation_batches(

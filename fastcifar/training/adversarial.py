@@ -110,6 +110,7 @@ class Adversarial:
             dtype=torch.float32,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
+            impl=recipe.impl,
         )
 
     @property
@@ -145,9 +146,9 @@ class Adversarial:
                 if value is not None:
                     feed.put(f"{name} {turn}", value)
         for turn in range(n_dis):
-            batch = self.loader.batch(step * n_dis + turn)
-            feed.put(f"images {turn}", batch.images)
-            feed.put(f"classes {turn}", batch.labels)
+            for name, value in self.loader.plan(step * n_dis + turn)._asdict().items():
+                if value is not None:
+                    feed.put(f"{name} {turn}", value)
         feed.number("step", step)
         feed.number("rate", self.learning_rate(step))
         if self.ema is not None:
@@ -157,6 +158,11 @@ class Adversarial:
     def _draw(self, turn: int) -> sampling.Draw:
         labels = self.feed[f"labels {turn}"] if self.model.conditional else None
         return sampling.Draw(self.feed[f"latents {turn}"], labels, self.feed[f"numbers {turn}"])
+
+    def _real(self, turn: int) -> data.Batch:
+        flips = self.feed[f"flips {turn}"] if self.recipe.hflip == "alternating" else None
+        with annotate("augment"):
+            return self.loader.render(self.feed["step"] * self.recipe.n_dis + turn, self.feed[f"indices {turn}"], flips)
 
     def _autocast(self) -> torch.autocast:
         enabled = self.amp_dtype != torch.float32
@@ -193,14 +199,14 @@ class Adversarial:
         self.sums += torch.stack([value.detach().double() for value in values])
 
     def _train_discriminator(self, turn: int) -> list[torch.Tensor]:
-        draw = self._draw(turn)
+        draw, batch = self._draw(turn), self._real(turn)
         with torch.no_grad():
             generated = self._generate(draw)
         if self.spectral is not None:
             self.spectral.step()
         self.update_d.optimiser.zero_grad(set_to_none=True)
-        labels = self.feed[f"classes {turn}"] if self.model.conditional else None
-        real = self._judge_images(self.feed[f"images {turn}"], labels, draw.numbers[:, :NUMBERS])
+        labels = batch.labels if self.model.conditional else None
+        real = self._judge_images(batch.images, labels, draw.numbers[:, :NUMBERS])
         fake = self._judge_images(generated, draw.labels, draw.numbers[:, NUMBERS:])
         if self.loss == "aw_hinge":
             found = self.hinge.backward(real, fake)
