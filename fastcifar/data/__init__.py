@@ -10,6 +10,7 @@ __all__ = [
     "Plan",
     "DataError",
     "ImageDataset",
+    "Plan",
     "ResidentLoader",
     "evaluation_batches",
     "load_dataset",
