@@ -10,7 +10,6 @@ __all__ = [
     "Plan",
     "DataError",
     "ImageDataset",
-    "Plan",
     "ResidentLoader",
     "evaluation_batches",
     "load_dataset",
