@@ -16,7 +16,7 @@ _STARTED = time.perf_counter()
 
 import torch  # noqa: E402
 
-from fastcifar import command_line, data, models  # noqa: E402
+from fastcifar import command_line, data, models, profiling  # noqa: E402
 from fastcifar.training import checkpoint, distributed, environment, loop, recipe, run_folder, trackers  # noqa: E402
 from fastcifar.training.adversarial import Adversarial  # noqa: E402
 from fastcifar.training.classify import Classification, load_weights  # noqa: E402
@@ -221,6 +221,8 @@ def main(arguments: Sequence[str]) -> int:
     processes = distributed.from_environment()
     device = environment.choose_device(chosen.device, processes.local_rank)
     place = _place(chosen, saved)
+    if chosen.nvtx:
+        profiling.enable()
     source = checkpoint.find(chosen.init_weights, notify=print) if chosen.init_weights else None
     settings = environment.prepare_process(device, deterministic=chosen.deterministic)
     dataset = data.load_dataset(chosen.dataset, chosen.data_dir, download=not parsed.dry_run, seed=0)

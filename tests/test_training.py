@@ -126,19 +126,18 @@ def test_mixed_loss_is_the_weighted_sum(tiny):
         target[i, batch.partner_labels[i]] += batch.partner_weight[i].double()
     target = 0.9 * target + 0.1 / 5
     expected = -(target * logits.log_softmax(1)).sum(1).mean()
-    task.place(0)
-    torch.testing.assert_close(task._loss(logits, batch.labels), expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(task._loss(logits, batch), expected, rtol=1e-9, atol=0)
 
 
 def poison(task, step):
     """Lets the loss of one step be NaN."""
-    original = task.loader.batch
+    original = task.loader.render
 
-    def batch(number):
-        made = original(number)
-        return made._replace(images=made.images * float("nan")) if number == step else made
+    def render(plan):
+        made = original(plan)
+        return made._replace(images=made.images * float("nan")) if int(plan.step) == step else made
 
-    task.loader.batch = batch
+    task.loader.render = render
 
 
 @pytest.mark.parametrize("amp_dtype", ["fp32", "fp16"])

@@ -110,6 +110,7 @@ class Adversarial:
             std=_STD,
             device=self.device,
             dtype=torch.float32,
+            impl=recipe.impl,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
             placement=recipe.data_placement,
@@ -144,22 +145,14 @@ class Adversarial:
         for turn in range(n_dis + 1):
             number = step * (n_dis + 1) + turn
             whole = sampling.draw(self.model, self.recipe.seed, number, self.recipe.batch_size, 2 * NUMBERS)
-            for name, value in whole.part(begin, begin + size)._asdict().items():
-                if value is not None:
-                    feed.put(f"{name} {turn}", value)
+            feed.put_all(f"draw {turn}", whole.part(begin, begin + size))
         for turn in range(n_dis):
-            batch = self.loader.batch(step * n_dis + turn)
-            feed.put(f"images {turn}", batch.images)
-            feed.put(f"classes {turn}", batch.labels)
+            feed.put_all(f"plan {turn}", self.loader.plan(step * n_dis + turn))
         feed.number("step", step)
         feed.number("rate", self.learning_rate(step))
         if self.ema is not None:
             feed.number("share", self.ema.share(step))
         self.seen += 1
-
-    def _draw(self, turn: int) -> sampling.Draw:
-        labels = self.feed[f"labels {turn}"] if self.model.conditional else None
-        return sampling.Draw(self.feed[f"latents {turn}"], labels, self.feed[f"numbers {turn}"])
 
     def _autocast(self) -> torch.autocast:
         enabled = self.amp_dtype != torch.float32
@@ -197,14 +190,16 @@ class Adversarial:
         self.sums += torch.stack([value.detach().double() for value in values])
 
     def _train_discriminator(self, turn: int) -> list[torch.Tensor]:
-        draw = self._draw(turn)
+        draw = self.feed.take(f"draw {turn}", sampling.Draw)
+        with annotate("augment"):
+            batch = self.loader.render(self.feed.take(f"plan {turn}", data.Plan))
         with torch.no_grad():
             generated = self._generate(draw)
         if self.spectral is not None:
             self.spectral.step()
         self.update_d.optimiser.zero_grad(set_to_none=True)
-        labels = self.feed[f"classes {turn}"] if self.model.conditional else None
-        real = self._judge_images(self.feed[f"images {turn}"], labels, draw.numbers[:, :NUMBERS])
+        labels = batch.labels if self.model.conditional else None
+        real = self._judge_images(batch.images, labels, draw.numbers[:, :NUMBERS])
         fake = self._judge_images(generated, draw.labels, draw.numbers[:, NUMBERS:])
         if self.loss == "aw_hinge":
             found = self.hinge.backward(real, fake)
@@ -222,7 +217,7 @@ class Adversarial:
         return [loss, *rest, real.detach().mean(), fake.detach().mean(), deviation]
 
     def _train_generator(self) -> torch.Tensor:
-        draw = self._draw(self.recipe.n_dis)
+        draw = self.feed.take(f"draw {self.recipe.n_dis}", sampling.Draw)
         self.update_g.optimiser.zero_grad(set_to_none=True)
         self.discriminator.requires_grad_(False)
         try:

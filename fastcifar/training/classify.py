@@ -121,6 +121,7 @@ class Classification:
             std=dataset.std,
             device=self.device,
             dtype=self.amp_dtype,
+            impl=recipe.impl,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
             placement=recipe.data_placement,
@@ -154,27 +155,26 @@ class Classification:
 
     def place(self, step: int) -> None:
         """Puts what the step takes from the host where `compute` reads it."""
-        with annotate("augment"):
-            batch = self.loader.batch(step)
-        for name, value in zip(batch._fields, batch, strict=True):
-            if value is not None:
-                self.feed.put(name, value)
+        self.feed.put_all("plan", self.loader.plan(step))
         self.feed.number("step", step)
         self.feed.number("rate", self.learning_rate(step))
         if self.ema is not None:
             self.feed.number("share", self.ema.share(step))
         if self._has_dropout:
             torch.manual_seed((self.recipe.seed * 1_000_003 + step) * 4_096 + self.processes.rank)
-        self.seen += len(batch.labels)
+        self.seen += self.recipe.batch_size // self.processes.world_size
 
     def compute(self) -> None:
         """The step's work on the device."""
-        feed, labels = self.feed, self.feed["labels"]
+        feed = self.feed
+        with annotate("augment"):
+            batch = self.loader.render(feed.take("plan", data.Plan))
+        labels = batch.labels
         amp = self.amp_dtype != torch.float32
         with annotate("forward"), torch.autocast(self.device.type, self.amp_dtype, enabled=amp, cache_enabled=True):
-            logits = self._forward(feed["images"])
+            logits = self._forward(batch.images)
         with annotate("loss"):
-            loss = self._loss(logits.float(), labels)
+            loss = self._loss(logits.float(), batch)
         self.update(loss, feed["step"], feed["rate"])
         self.processes.average(self._unshared)
         if self.ema is not None:
@@ -183,14 +183,13 @@ class Classification:
         self.loss_sum += loss.detach() * len(labels)
         self.correct += (logits.detach().argmax(1) == labels).sum()
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _loss(self, logits: torch.Tensor, batch: data.Batch) -> torch.Tensor:
         smoothing = self.recipe.label_smoothing
-        if not self.loader.augmentation.mixes:
-            return F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        own = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
-        partner_labels, weight = self.feed["partner_labels"], self.feed["partner_weight"]
-        partner = F.cross_entropy(logits, partner_labels, reduction="none", label_smoothing=smoothing)
-        return torch.lerp(own, partner, weight.to(own.dtype)).mean()
+        if batch.partner_labels is None:
+            return F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
+        own = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=smoothing)
+        partner = F.cross_entropy(logits, batch.partner_labels, reduction="none", label_smoothing=smoothing)
+        return torch.lerp(own, partner, batch.partner_weight.to(own.dtype)).mean()
 
     def tick(self, step: int, steps: int, seconds: float) -> dict[str, float]:
         """Nothing more than every run has."""

@@ -12,6 +12,7 @@ from fastcifar.training import checkpoint
 from fastcifar.training.adversarial import Adversarial
 from fastcifar.training.classify import Classification
 from fastcifar.training.distributed import Processes
+from fastcifar.training.profile import StepProfile
 from fastcifar.training.progress import Lines
 from fastcifar.training.run_folder import RunFolder
 from fastcifar.training.signals import StopRequest
@@ -62,7 +63,10 @@ class Loop:
         self._ask_every = 10 if processes.world_size > 1 and task.device.type == "cuda" else 1
         self._since = (step, seconds)
         self._saved = step if step else -1
-        self._warned = False
+        self._warned = self._told = False
+        self._profile: StepProfile | None = None
+        if self.recipe.profile and folder is not None:
+            self._profile = StepProfile(task, folder.path / "profile")
 
     def run(self) -> None:
         """All steps that are left.
@@ -74,7 +78,7 @@ class Loop:
         with StopRequest() as stop:
             while self.step < steps:
                 started = time.perf_counter()
-                self.task.train_step(self.step)
+                self._train_step(self.step)
                 self.step += 1
                 due = self._due(self._log_every) or self._due(self.recipe.eval_every) or self.step == steps
                 if due:
@@ -88,6 +92,15 @@ class Loop:
                     self._save(last=self.step == steps or signal > 0)
                 if signal and self.step < steps:
                     raise Stopped(signal, self.step)
+
+    def _train_step(self, step: int) -> None:
+        if self._profile is None:
+            self.task.train_step(step)
+            return
+        self._profile.train_step(step)
+        if self._profile.report is not None:
+            self.progress.message(self._profile.report)
+            self._profile = None
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
@@ -117,6 +130,10 @@ class Loop:
         if self.folder is not None:
             self.folder.add(row)
         self.progress.show(row)
+        graph = self.task.graph
+        if graph is not None and graph.failure is not None and not self._told:
+            self.progress.message(f"WARNING: steps are not captured in a CUDA graph: {graph.failure}")
+            self._told = True
         warning = self.task.watch(row)
         if warning is not None and not self._warned:
             self.progress.message(warning)
