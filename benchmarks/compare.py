@@ -165,7 +165,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__.split("\n\n")[0])
     parser.add_argument("base", metavar="BASE", help="commit, tag or branch to compare with")
     parser.add_argument("--pairs", type=int, default=3, help="processes of each revision (default 3)")
-    parser.add_argument("--match", default="", help="only cases whose name holds this: 'step', 'batch_norm', '512-32-32-3-1'")
+    parser.add_argument(
+        "--match", default="", help="only cases whose name holds this: 'step', 'batch_norm', '512-32-32-3-1'"
+    )
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.measure:

@@ -12,13 +12,18 @@ import re
 import sys
 from collections.abc import Sequence
 
-from benchmarks import device_tables, reporting, tables
+from benchmarks import device_tables, reporting, scaling_tables, tables
 
 ROOT = reporting.RESULTS.parent.parent
-DOCUMENTS = (ROOT / "README.md", ROOT / "kernels" / "README.md", ROOT / "docs" / "performance.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    ROOT / "kernels" / "README.md",
+    ROOT / "docs" / "performance.md",
+    ROOT / "docs" / "scaling.md",
+)
 IMAGES = ROOT / "docs" / "images"
 PLACE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-TABLES = {**tables.TABLES, **device_tables.TABLES}
+TABLES = {**tables.TABLES, **device_tables.TABLES, **scaling_tables.TABLES}
 
 
 def filled(document: str) -> str:

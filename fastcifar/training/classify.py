@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastcifar import data, models
+from fastcifar.profiling import annotate
 from fastcifar.training import distributed, environment, evaluation, schedule
+from fastcifar.training.capture import Feed, build_graph
 from fastcifar.training.checkpoint import Checkpoint, CheckpointError
 from fastcifar.training.ema import WeightAverage
 from fastcifar.training.optimisers import GuardedStep, build_optimiser
@@ -86,14 +88,16 @@ class Classification:
         self.seen = 0
         self._has_dropout = any(isinstance(m, nn.modules.dropout._DropoutNd) for m in self.model.modules())
         self._forward: Any = self.model
+        self._unshared: list[torch.Tensor] = []
         if processes.world_size > 1:
-            distributed.synchronise_statistics(self.model)
-            self._forward = nn.parallel.DistributedDataParallel(
-                self.model, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self._unshared = distributed.share_statistics(self.model, synchronise=recipe.sync_bn)
+            self._forward = distributed.data_parallel(self.model)
         if recipe.compile:
             self._forward = torch.compile(self._forward)
         self.loader = self._build_loader()
+        # On a GPU always static: a captured step then equals the same step as it is.
+        self.feed = Feed(device, static=device.type == "cuda")
+        self.graph, self.graph_notice = build_graph(self.compute, device, recipe, self.amp_dtype, processes.world_size)
 
     def _build_loader(self) -> data.ResidentLoader:
         recipe, dataset = self.recipe, self.dataset
@@ -117,8 +121,10 @@ class Classification:
             std=dataset.std,
             device=self.device,
             dtype=self.amp_dtype,
+            impl=recipe.impl,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
+            placement=recipe.data_placement,
         )
 
     @property
@@ -142,19 +148,40 @@ class Classification:
 
     def train_step(self, step: int) -> None:
         """Trains on the global batch of this 0-based step."""
-        batch = self.loader.batch(step)
+        with annotate("place"):
+            self.place(step)
+        with annotate("step"):
+            (self.graph or self.compute)()
+
+    def place(self, step: int) -> None:
+        """Puts what the step takes from the host where `compute` reads it."""
+        self.feed.put_all("plan", self.loader.plan(step))
+        self.feed.number("step", step)
+        self.feed.number("rate", self.learning_rate(step))
+        if self.ema is not None:
+            self.feed.number("share", self.ema.share(step))
         if self._has_dropout:
             torch.manual_seed((self.recipe.seed * 1_000_003 + step) * 4_096 + self.processes.rank)
+        self.seen += self.recipe.batch_size // self.processes.world_size
+
+    def compute(self) -> None:
+        """The step's work on the device."""
+        feed = self.feed
+        with annotate("augment"):
+            batch = self.loader.render(feed.take("plan", data.Plan))
+        labels = batch.labels
         amp = self.amp_dtype != torch.float32
-        with torch.autocast(self.device.type, self.amp_dtype, enabled=amp, cache_enabled=True):
+        with annotate("forward"), torch.autocast(self.device.type, self.amp_dtype, enabled=amp, cache_enabled=True):
             logits = self._forward(batch.images)
-        loss = self._loss(logits.float(), batch)
-        self.update(loss, step, self.learning_rate(step))
+        with annotate("loss"):
+            loss = self._loss(logits.float(), batch)
+        self.update(loss, feed["step"], feed["rate"])
+        self.processes.average(self._unshared)
         if self.ema is not None:
-            self.ema.update(step)
-        self.loss_sum += loss.detach() * len(batch.labels)
-        self.correct += (logits.detach().argmax(1) == batch.labels).sum()
-        self.seen += len(batch.labels)
+            with annotate("average"):
+                self.ema.update(feed["share"])
+        self.loss_sum += loss.detach() * len(labels)
+        self.correct += (logits.detach().argmax(1) == labels).sum()
 
     def _loss(self, logits: torch.Tensor, batch: data.Batch) -> torch.Tensor:
         smoothing = self.recipe.label_smoothing
@@ -226,10 +253,11 @@ class Classification:
         return tensors
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """All that the next steps depend on: tensors by name, and JSON values."""
+        """All that the next steps depend on: tensors by name, and JSON values. All processes ask together."""
         tensors = self.network_tensors()
         tensors |= optimiser_tensors(self.optimiser, self.model, "optimiser")
-        tensors |= {"progress.loss_sum": self.loss_sum, "progress.correct": self.correct}
+        for name, own in (("loss_sum", self.loss_sum), ("correct", self.correct)):
+            tensors[f"progress.{name}"] = self.processes.gather(own)
         tensors |= {"progress.bad_steps": self.update.bad_steps, "progress.first_bad": self.update.first_bad}
         scaler = self.update.scaler.state_dict() if self.update.scaler else None
         return tensors, {"seen": self.seen, "scaler": scaler}
@@ -251,10 +279,12 @@ class Classification:
             self.ema.model.load_state_dict(parts["ema"])
         load_optimiser(self.optimiser, self.model, parts.get("optimiser", {}))
         progress = parts["progress"]
-        self.loss_sum.copy_(progress["loss_sum"])
-        self.correct.copy_(progress["correct"])
+        same = self.processes.take_own(self.loss_sum, progress["loss_sum"])
+        self.processes.take_own(self.correct, progress["correct"])
         self.update.bad_steps.copy_(progress["bad_steps"])
         self.update.first_bad.copy_(progress["first_bad"])
-        self.seen = checkpoint.state["seen"]
+        self.seen = checkpoint.state["seen"] if same else 0
         if self.update.scaler:
             self.update.scaler.load_state_dict(checkpoint.state["scaler"])
+        if self.graph is not None:
+            self.graph.reset()
