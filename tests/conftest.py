@@ -21,6 +21,14 @@ def cifar_folder() -> pathlib.Path:
     return pathlib.Path(folder)
 
 
+@pytest.fixture(scope="session")
+def launcher():
+    """Starts processes that have everything imported."""
+    from benchmarks import kills
+
+    return kills.Launcher()
+
+
 @pytest.fixture
 def one_thread():
     """For layers this small, several threads wait more for each other than they work."""

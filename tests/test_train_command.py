@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from training_case import TINY, result_of, status_of, write_tiny
@@ -94,23 +93,6 @@ def test_stopping_and_going_on_gives_the_same_result(source, tmp_path, capsys, m
     assert [row["step"] for row in rows] == list(range(1, 13))
     wholes = [json.loads(line)["train_loss"] for line in open("whole/metrics.jsonl")]
     assert [row["train_loss"] for row in rows] == wholes
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_a_run_ends_at_the_same_hash(source, tmp_path, capsys):
-    arguments = start(source, "--steps", 150, "--save-every", 10, "--lr", 0.05, "--eval-every", 0)
-    assert status_of([*arguments, "--output", "whole"]) == 0
-    expected = result_of(capsys)["state_sha256"]
-    command = [sys.executable, "-m", "fastcifar.train", *arguments, "--output", "killed", "--resume", "auto"]
-    for first in (20, 70):
-        process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, text=True)
-        while not any(int(p.name[5:]) >= first for p in checkpoint.list_checkpoints(tmp_path / "killed/checkpoints")):
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.01)
-        process.kill()
-        process.wait()
-    end = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=True)
-    assert json.loads(end.stdout.splitlines()[-1])["state_sha256"] == expected
 
 
 def test_going_on_with_other_options_is_refused_by_name(source, capsys):

@@ -177,7 +177,11 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The options of two runs that decide their weights and differ, as "name: old → new"."""
+    """The options of two runs that decide their weights and differ, as "name: old → new".
+
+    An option that the old run did not know has its default there, which is what was done before it existed.
+    """
+    old = {**dataclasses.asdict(Recipe()), **old}
     return [
         f"{key}: {old.get(key)!r} → {new.get(key)!r}"
         for key in sorted({*old, *new} - _WITHOUT_CONSEQUENCE)
