@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or limited: the run goes on with a warning and says at its end that it is not saved."""
+"""A disk that is full, read-only or limited: the run goes on with a warning; what is not saved at its end is said."""
 
 import contextlib
 import errno

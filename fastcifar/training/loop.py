@@ -175,8 +175,8 @@ class Loop:
         self._paces.append(pace)
         if pace > STALL_FACTOR * usual and seconds - steps * usual > STALL_SECONDS:
             self.progress.message(
-                f"WARNING: the last {steps} steps took {seconds:.0f} s, usual are {steps * usual:.1f} s; does something "
-                "else use this machine?"
+                f"WARNING: the last {steps} steps took {seconds:.0f} s, usual are {steps * usual:.1f} s; is something "
+                "else using this machine?"
             )
 
     def _settle_bad_steps(self) -> bool:
