@@ -154,6 +154,7 @@ def _write_set(gan: models.GAN, names: tuple[str, ...], parsed, device: torch.de
     everything, classes = numpy.concatenate(images), numpy.concatenate(labels)
     if parsed.format == "npz":
         place = folder / f"samples-{parsed.count}.npz"
+        folder.mkdir(parents=True, exist_ok=True)
         numpy.savez_compressed(place, images=everything, labels=classes)
         return str(place)
     for index, (image, label) in enumerate(zip(everything, classes, strict=True)):
@@ -180,7 +181,6 @@ def main(arguments: Sequence[str]) -> int:
     gan, names = load_gan(saved, average=not parsed.no_average)
     gan = gan.to(device)
     folder = pathlib.Path(parsed.output) if parsed.output else checkpoint.run_folder(saved.path) / "generated"
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
     if parsed.count is not None:
         written.append(_write_set(gan, names, parsed, device, folder))

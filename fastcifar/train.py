@@ -134,7 +134,13 @@ def _place(chosen: Recipe, saved: checkpoint.Checkpoint | None) -> pathlib.Path:
 
 def _check(chosen: Recipe) -> None:
     """All that can be checked before any data is read."""
-    models.create_model(chosen.model, **chosen.model_options)
+    try:
+        models.create_model(chosen.model, **chosen.model_options)
+    except (RuntimeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise command_line.UsageError(
+            f"--model {chosen.model} cannot be built with these options ({reason})"
+        ) from error
     trackers.check(chosen)
 
 
