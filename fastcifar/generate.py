@@ -11,7 +11,7 @@ import torch
 
 from fastcifar import command_line, models, validation
 from fastcifar.training import checkpoint, environment, loop, sampling
-from fastcifar.training.adversarial import build_gan
+from fastcifar.training.gan import load_gan
 from fastcifar.training.options import Recipe
 
 
@@ -33,33 +33,6 @@ def _parser() -> command_line.Parser:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--output", metavar="DIR", help="default: generated/ in the run folder")
     return parser
-
-
-def load_gan(saved: checkpoint.Checkpoint, *, average: bool = True) -> tuple[models.GAN, tuple[str, ...]]:
-    """The GAN of a checkpoint, in eval mode on the CPU, and its class names.
-
-    Args:
-        saved: of a GAN's run.
-        average: the generator's averaged weights, where the run kept any.
-
-    Raises:
-        CheckpointError: it holds a classifier.
-    """
-    recipe = Recipe(**{**loop.read_config(saved), "impl": "auto"})
-    if recipe.model not in models.list_models(gan=True):
-        raise checkpoint.CheckpointError(
-            f"{saved.path} holds the classifier {recipe.model}; generating needs the run of a GAN "
-            f"({', '.join(models.list_models(gan=True))})"
-        )
-    if "class_names" not in saved.state:
-        raise checkpoint.CheckpointError(f"{saved.path} names no classes; the file is damaged")
-    names = tuple(saved.state["class_names"])
-    gan = build_gan(recipe, len(names))
-    gan.load_state_dict({n.removeprefix("model."): t for n, t in saved.tensors.items() if n.startswith("model.")})
-    averaged = {n.removeprefix("ema."): t for n, t in saved.tensors.items() if n.startswith("ema.")}
-    if average and averaged:
-        gan.generator.load_state_dict(averaged)
-    return gan.eval().requires_grad_(False), names
 
 
 def numbers(text: str) -> list[int]:
@@ -178,7 +151,8 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError(f"--count must be ≥ 1, got {parsed.count}")
     device = environment.choose_device(parsed.device)
     saved = checkpoint.find(parsed.checkpoint, notify=print)
-    gan, names = load_gan(saved, average=not parsed.no_average)
+    recipe = Recipe(**{**loop.read_config(saved), "impl": "auto"})
+    gan, names = load_gan(saved, recipe, average=not parsed.no_average)
     gan = gan.to(device)
     folder = pathlib.Path(parsed.output) if parsed.output else checkpoint.run_folder(saved.path) / "generated"
     written = []

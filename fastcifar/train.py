@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import pathlib
@@ -15,7 +16,7 @@ _STARTED = time.perf_counter()
 
 import torch  # noqa: E402
 
-from fastcifar import command_line, data, models  # noqa: E402
+from fastcifar import command_line, data, models, profiling  # noqa: E402
 from fastcifar.training import checkpoint, distributed, environment, loop, memory, recipe, run_folder, trackers  # noqa: E402
 from fastcifar.training.adversarial import Adversarial  # noqa: E402
 from fastcifar.training.classify import Classification, load_weights  # noqa: E402
@@ -43,7 +44,7 @@ def _parser() -> command_line.Parser:
         names = ["-b", flag(option.name)] if option.name == "batch_size" else [flag(option.name)]
         settings: dict[str, Any] = {"dest": option.name, "default": None, "help": option.metadata["help"]}
         if option.metadata["kind"] is bool:
-            settings["action"] = "store_true"
+            settings["action"] = "store_true" if option.default is False else argparse.BooleanOptionalAction
         else:
             settings |= {"type": kinds[option.metadata["kind"]], "metavar": option.name.upper().split("_")[-1]}
             if "choices" in option.metadata:
@@ -247,6 +248,8 @@ def main(arguments: Sequence[str]) -> int:
     processes = distributed.from_environment()
     device = environment.choose_device(chosen.device, processes.local_rank)
     place = _place(chosen, saved)
+    if chosen.nvtx:
+        profiling.enable()
     source = checkpoint.find(chosen.init_weights, notify=print) if chosen.init_weights else None
     settings = environment.prepare_process(device, deterministic=chosen.deterministic)
     dataset = data.load_dataset(chosen.dataset, chosen.data_dir, download=not parsed.dry_run, seed=0)
@@ -264,8 +267,9 @@ def main(arguments: Sequence[str]) -> int:
             return _dry_run(chosen, task)
         folder = run_folder.RunFolder(place, saved.step if saved else 0, columns) if processes.is_first else None
         progress = reporter(chosen.steps, folder.log if folder is not None else None)
-        for notice in dataset.notices:
-            progress.message(notice)
+        for notice in (*dataset.notices, task.graph_notice):
+            if notice:
+                progress.message(notice)
         train_loop = loop.Loop(task, folder, progress, processes)
         if saved is not None:
             train_loop.resume(saved)

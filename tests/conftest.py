@@ -12,6 +12,12 @@ if not torch.cuda.is_available():
 import pytest  # noqa: E402
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_their_own(tmp_path_factory):
+    """Tests neither read nor write a user's cache."""
+    os.environ["FASTCIFAR_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def cifar_folder() -> pathlib.Path:
     """The folder that holds the real CIFAR sets."""
@@ -27,6 +33,16 @@ def launcher():
     from benchmarks import kills
 
     return kills.Launcher()
+
+
+@pytest.fixture(scope="session")
+def lpips_weights() -> pathlib.Path:
+    """The file of LPIPS's published weights."""
+    beside = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data" / "lpips" / "squeeze-v0.1.safetensors"
+    path = pathlib.Path(os.environ.get("FASTCIFAR_LPIPS") or beside)
+    if not path.is_file():
+        pytest.skip("needs LPIPS's published weights: set FASTCIFAR_LPIPS to squeeze-v0.1.safetensors")
+    return path
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from distributed_case import run_ranks
-from training_case import result_of, status_of, write_tiny
+from training_case import write_tiny
 
-from fastcifar import data, evaluate, generate
-from fastcifar.training import checkpoint, distributed, recipe, sampling
+from fastcifar import data
+from fastcifar.training import checkpoint, distributed, gan, recipe, sampling
 from fastcifar.training.adversarial import Adversarial
 from fastcifar.training.diff_augment import NUMBERS, diff_augment
 
@@ -64,14 +64,15 @@ def test_continuing_is_bit_exact(options, tiny, tmp_path):
 def test_each_network_is_trained_by_its_own_loss(tiny):
     task = make(tiny, loss="hinge", model_ema_decay=0.0)
     before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
-    task._train_discriminator(0, 0, 1e-3)
+    task.place(0)
+    task._train_discriminator(0)
     after = task.model.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     # The generator's batch norms see a batch; its weights stay.
     assert all("running_" in n or "num_batches" in n for n in moved if n.startswith("generator."))
     assert any(n.startswith("discriminator.") and n.endswith("original") for n in moved)
     before = {name: tensor.clone() for name, tensor in after.items()}
-    task._train_generator(0, 1e-3)
+    task._train_generator()
     moved = {name for name, tensor in task.model.state_dict().items() if not torch.equal(before[name], tensor)}
     assert moved and all(name.startswith("generator.") for name in moved)
     assert all(parameter.requires_grad for parameter in task.discriminator.parameters())
@@ -79,13 +80,15 @@ def test_each_network_is_trained_by_its_own_loss(tiny):
 
 def test_losses_are_the_published_ones(tiny):
     real, fake = torch.tensor([0.5, -2.0, 3.0]), torch.tensor([-0.5, 2.0, -3.0])
-    hinge = make(tiny, loss="hinge")._discriminator_loss(real, fake)
+    hinge = gan.discriminator_loss("hinge", real, fake)
     assert float(hinge) == pytest.approx((0.5 + 3.0 + 0.0) / 3 + (0.5 + 3.0 + 0.0) / 3)
-    task = make(tiny, model="dcgan")
-    assert task.loss == "bce"
+    assert make(tiny, model="dcgan").loss == "bce"
     expected = F.binary_cross_entropy_with_logits(real, torch.ones(3))
     expected += F.binary_cross_entropy_with_logits(fake, torch.zeros(3))
-    torch.testing.assert_close(task._discriminator_loss(real, fake), expected)
+    torch.testing.assert_close(gan.discriminator_loss("bce", real, fake), expected)
+    assert float(gan.generator_loss("aw_hinge", fake)) == pytest.approx(0.5)
+    expected = F.binary_cross_entropy_with_logits(fake, torch.ones(3))
+    torch.testing.assert_close(gan.generator_loss("nonsaturating", fake), expected)
 
 
 def test_real_and_generated_images_meet_the_same_discriminator(tiny):
@@ -107,7 +110,8 @@ def test_a_bad_step_changes_no_weight(tiny):
     before = [p.detach().clone() for p in task.discriminator.parameters()]
     with torch.no_grad():
         task.generator.to_image.weight.fill_(float("nan"))
-    task._train_discriminator(1, 0, 1e-3)
+    task.place(1)
+    task._train_discriminator(0)
     assert all(torch.equal(p, old) for p, old in zip(task.discriminator.parameters(), before, strict=True))
     assert int(task.bad_steps) == 1 and int(task.first_bad) == 1
 
@@ -122,8 +126,6 @@ def test_collapse_and_saturation_are_warned_of(tiny):
     assert "tells all images apart" in task.watch({**row, "score_real": 0.999, "score_fake": 0.001})
     with torch.no_grad():
         task.generator.to_image.weight.zero_()
-    task._train_discriminator(1, 0, 0.0)
-    task.sums.zero_()
     task.train_step(1)
     assert task.take_averages()["deviation"] < 0.02
 
@@ -196,126 +198,3 @@ def test_draws_depend_on_seed_and_number_alone(tiny):
     assert torch.equal(one.latents, same.latents) and torch.equal(one.labels, same.labels)
     assert not torch.equal(one.latents, other.latents)
     assert not torch.equal(one.latents, sampling.draw(gan, 1, 5, 4, 2).latents)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A short run of a conditional GAN, judged by a classifier's run, and its data set."""
-    folder = tmp_path_factory.mktemp("run")
-    source = write_tiny(folder / "tiny.npz", size=32)
-    common = ["--dataset", source, "--steps", "2", "-b", "8", "--amp-dtype", "fp32"]
-    classifier = ["--model-option", "width=0.25", "--output", folder / "classifier"]
-    assert status_of([*common, *classifier]) == 0
-    gan = ["--model", "aw_sngan", "--classifier", folder / "classifier", "--metrics", "fd,kid,prdc"]
-    gan += ["--metric-samples", "30", "--model-option", "width=4", "--model-option", "discriminator_width=2"]
-    assert status_of([*common, *gan, "--output", folder / "gan"]) == 0
-    return folder
-
-
-def test_a_run_leaves_grids_metrics_and_its_result(run, capsys):
-    from PIL import Image
-
-    assert status_of(["--resume", run / "gan", "--dataset", f"npz:{run}/tiny.npz", "--eval-only"]) == 0
-    result = result_of(capsys)
-    assert {"fd", "kid", "precision", "extractor_sha256", "reference", "samples"} <= set(result)
-    assert result["loss"] == "aw_hinge" and result["conditional"] and result["extractor"] == "classifier ds_resnet"
-    samples = run / "gan" / "samples"
-    assert {p.name for p in samples.iterdir()} == {"reals.png", "fakes-000001.png", "fakes-000002.png"}
-    # Five classes of eight samples, each 34 pixels wide, twice as large.
-    assert Image.open(samples / "fakes-000002.png").size == (8 * 34 * 2, 5 * 34 * 2)
-    rows = (run / "gan" / "metrics.csv").read_text().splitlines()
-    assert rows[0].startswith("step,epoch,learning_rate,loss_d,loss_g") and len(rows) == 3
-    assert (run / "gan" / "curves.png").stat().st_size > 1000
-
-
-def drawn(run, *arguments):
-    return status_of(["--checkpoint", run / "gan", *arguments], generate.main, "python -m fastcifar.generate")
-
-
-def test_generate_writes_sheets_sets_and_interpolations(run, tmp_path, capsys):
-    from PIL import Image
-
-    names = data.load_dataset(f"npz:{run}/tiny.npz").class_names
-    assert drawn(run, "--output", tmp_path, "--classes", f"{names[2]},{names[0]}", "--seeds", "3-5,9") == 0
-    assert Image.open(tmp_path / "sheet.png").size == (4 * 34 * 3, 2 * 34 * 3)
-    first = (tmp_path / "sheet.png").read_bytes()
-    assert drawn(run, "--output", tmp_path, "--classes", f"{names[2]},{names[0]}", "--seeds", "3-5,9") == 0
-    assert (tmp_path / "sheet.png").read_bytes() == first
-    assert drawn(run, "--output", tmp_path, "--count", "11") == 0
-    with numpy.load(tmp_path / "samples-11.npz") as file:
-        assert file["images"].shape == (11, 32, 32, 3) and file["labels"].shape == (11,)
-    assert drawn(run, "--output", tmp_path, "--count", "3", "--format", "png") == 0
-    assert len(list((tmp_path / "samples").rglob("*.png"))) == 3
-    assert drawn(run, "--output", tmp_path, "--interpolate", f"{names[0]}:{names[4]}", "--frames", "5") == 0
-    written = result_of(capsys)["written"]
-    assert Image.open(written[0]).size == (5 * 34 * 3, 34 * 3)
-    assert Image.open(written[1]).n_frames == 8
-
-
-def test_interpolations_begin_and_end_at_their_classes(run):
-    gan, names = generate.load_gan(checkpoint.find(run / "gan", notify=print))
-    options = generate._parser().parse_args(
-        ["--checkpoint", "x", "--interpolate", f"{names[1]}:{names[3]}", "--seeds", "5,6", "--frames", "4"]
-    )
-    frames = generate._interpolation(gan, names, options, CPU)
-    gan, _ = generate.load_gan(checkpoint.find(run / "gan", notify=print))
-    for frame, seed, label in ((frames[0], 5, 1), (frames[-1], 6, 3)):
-        latents = generate._latent(gan, seed)[None]
-        expected = sampling.to_uint8(sampling.generate(gan.generator, latents, torch.tensor([label])))[0]
-        assert numpy.abs(frame.astype(int) - expected).max() <= 1
-
-
-BAD_GENERATE = {
-    "unknown class": (["--classes", "poppi"], "class"),
-    "no interpolation": (["--interpolate", "poppy"], "poppy:apple"),
-    "bad seeds": (["--seeds", "a-b"], "--seeds must be numbers"),
-    "truncation": (["--truncation", "2"], "--truncation must lie in"),
-    "format": (["--count", "3", "--format", "gif"], "--format"),
-    "no images": (["--count", "0"], "--count must be ≥ 1"),
-}
-
-
-@pytest.mark.parametrize(("arguments", "words"), BAD_GENERATE.values(), ids=BAD_GENERATE.keys())
-def test_generate_refuses_in_one_line(arguments, words, run, tmp_path, capsys):
-    assert drawn(run, "--output", tmp_path, *arguments) == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and words in error
-
-
-def test_evaluate_refuses_a_gan(run, capsys):
-    assert status_of(["--checkpoint", run / "gan"], evaluate.main, "python -m fastcifar.evaluate") == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1 and "holds the GAN aw_sngan" in error and "--eval-only" in error
-
-
-def test_generate_refuses_a_classifier(run, capsys):
-    assert status_of(["--checkpoint", run / "classifier"], generate.main, "python -m fastcifar.generate") == 2
-    assert "holds the classifier ds_resnet" in capsys.readouterr().err
-
-
-BAD = {
-    "classifier's option": ["--model", "aw_sngan", "--mixup", "1"],
-    "test-time augmentation": ["--model", "dcgan", "--tta"],
-    "unknown loss": ["--model", "aw_sngan", "--loss", "wgan"],
-    "unknown policy": ["--model", "aw_sngan", "--diffaugment", "colour"],
-    "unknown metric": ["--model", "aw_sngan", "--metrics", "fid"],
-    "fp16": ["--model", "aw_sngan", "--amp-dtype", "fp16"],
-    "sgd": ["--model", "aw_sngan", "--opt", "sgd"],
-    "absent classifier": ["--model", "aw_sngan", "--classifier", "absent"],
-    "GAN's option": ["--model", "ds_resnet", "--unconditional"],
-    "width": ["--model", "aw_sngan", "--model-option", "width=0"],
-}
-
-
-@pytest.mark.parametrize("arguments", BAD.values(), ids=BAD.keys())
-def test_a_wrong_command_line_is_one_line_and_status_2(arguments, run, tmp_path, capsys):
-    output = tmp_path / "run"
-    assert status_of(["--dataset", f"npz:{run}/tiny.npz", "--output", output, *arguments]) == 2
-    captured = capsys.readouterr()
-    assert len(captured.err.splitlines()) == 1 and not output.exists()
-
-
-def test_other_sizes_than_32_are_refused(tmp_path, capsys):
-    source = write_tiny(tmp_path / "small.npz", size=12)
-    assert status_of(["--dataset", source, "--model", "dcgan", "--output", tmp_path / "run"]) == 2
-    assert "draws 32×32 images" in capsys.readouterr().err

@@ -130,8 +130,43 @@ def test_compare_orders_what_is_near_and_far():
     far = metrics.compare(Pixels(), reference, image_batches(300, 150, 250, seed=1), ("fd", "kid", "prdc"))
     assert set(near) == {"fd", "kid", "kid_deviation", "precision", "recall", "density", "coverage"}
     assert near["fd"] < far["fd"] / 10 and near["kid"] < far["kid"] and near["coverage"] > far["coverage"]
-    with pytest.raises(ValueError, match="unknown metric 'fid'"):
-        metrics.compare(Pixels(), reference, image_batches(50, 50, 200), ("fid",))
+    with pytest.raises(ValueError, match="unknown metric 'is'"):
+        metrics.compare(Pixels(), reference, image_batches(50, 50, 200), ("is",))
+
+
+def silent(extractor):
+    """The same network, which must not be asked for features."""
+
+    class Silent:
+        dimension, device, digest = extractor.dimension, extractor.device, extractor.digest
+
+    return Silent()
+
+
+def test_a_reference_is_read_from_its_cache(tmp_path):
+    images = numpy.concatenate(list(image_batches(300, 50, 200)))
+    extractor = Pixels()
+    extractor.digest = "0123456789abcdef"
+    made = metrics.Reference.of_images(extractor, images, tmp_path)
+    (place,) = tmp_path.iterdir()
+    assert extractor.digest in place.name
+    read = metrics.Reference.of_images(silent(extractor), images, tmp_path)
+    for one, other in ((made.statistics.covariance, read.statistics.covariance), (made.features, read.features)):
+        assert torch.equal(one, other)
+    # Other images and other networks have references of their own; a damaged file is made anew.
+    metrics.Reference.of_images(extractor, images[1:], tmp_path)
+    extractor.digest = "f" * 16
+    metrics.Reference.of_images(extractor, images, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+    extractor.digest = "0123456789abcdef"
+    place.write_bytes(place.read_bytes()[:-9])
+    assert torch.equal(metrics.Reference.of_images(extractor, images, tmp_path).features, made.features)
+    assert len(place.read_bytes()) > 1000
+
+
+def test_the_distance_of_few_real_images_is_larger():
+    reference = metrics.Reference(Pixels(), image_batches(800, 50, 200))
+    assert reference.floor(10) > reference.floor(400) > 0
 
 
 BAD = [

@@ -30,10 +30,10 @@ class _Limited:
         return content
 
 
-def md5_of(path: pathlib.Path) -> str:
-    """MD5 of a file, in hexadecimal."""
+def hash_of(path: pathlib.Path, algorithm: str = "md5") -> str:
+    """MD5 (or "sha256") of a file, in hexadecimal."""
     with open(path, "rb") as file:
-        digest = hashlib.md5(usedforsecurity=False)
+        digest = hashlib.new(algorithm, usedforsecurity=False)
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()

@@ -126,7 +126,7 @@ def _matches(version: Version, place: pathlib.Path) -> bool:
 
 
 def _read_archive(version: Version, place: pathlib.Path, verify: bool) -> dict[str, bytes]:
-    if verify and (found := archive.md5_of(place)) != version.md5:
+    if verify and (found := archive.hash_of(place)) != version.md5:
         raise DataError(f"{place}: MD5 {found} is not the published {version.md5}; delete it and download it again")
     members = archive.read_members(place, [f"{version.folder}/{file}" for file in version.files])
     return {name.rpartition("/")[2]: content for name, content in members.items()}

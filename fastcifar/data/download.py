@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from fastcifar.data.archive import md5_of
+from fastcifar.data.archive import hash_of
 from fastcifar.data.dataset import DataError
 
 _BLOCK = 2**20
@@ -31,6 +31,11 @@ def _check_scheme(url: str, schemes: Collection[str]) -> None:
         raise DataError(f"refused to download {url}: only {' or '.join(schemes)} is allowed")
 
 
+def cache_folder() -> pathlib.Path:
+    """$FASTCIFAR_CACHE, else ~/.cache/fastcifar: for weights of metrics and statistics; it may not exist yet."""
+    return pathlib.Path(os.environ.get("FASTCIFAR_CACHE") or "~/.cache/fastcifar").expanduser()
+
+
 @contextlib.contextmanager
 def _locked(path: pathlib.Path) -> Iterator[None]:
     """Waits for other processes that download the same file; the lock ends with its process."""
@@ -48,7 +53,8 @@ def download(
     url: str,
     target: pathlib.Path,
     *,
-    md5: str,
+    md5: str = "",
+    sha256: str = "",
     size_limit: int,
     notify: Callable[[str], None] = print,
     schemes: Collection[str] = ("https",),
@@ -59,7 +65,7 @@ def download(
     Args:
         url: of the file.
         target: appears only when complete and verified; until then the bytes wait beside it as `….part`.
-        md5: expected, in hexadecimal.
+        md5, sha256: one of them, as published, in hexadecimal.
         size_limit: in bytes; a longer answer is refused.
         notify: told what happens.
         schemes: allowed for the url and all it redirects to.
@@ -69,10 +75,11 @@ def download(
         DataError: no connection, another hash, too large; a `.part` that can be resumed stays.
     """
     _check_scheme(url, schemes)
+    algorithm, expected = ("sha256", sha256) if sha256 else ("md5", md5)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     with _locked(target.with_name(target.name + ".lock")):
-        if target.is_file() and md5_of(target) == md5:
+        if target.is_file() and hash_of(target, algorithm) == expected:
             return target
         notify(f"downloading {url} to {target}")
         try:
@@ -83,10 +90,10 @@ def download(
                 raise
             reason = " ".join(str(getattr(error, "reason", error)).split())
             raise DataError(f"cannot download {url} ({reason}); fetch it by hand to {target}") from error
-        found = md5_of(part)
-        if found != md5:
+        found = hash_of(part, algorithm)
+        if found != expected:
             part.unlink()
-            raise DataError(f"{url} has MD5 {found}, not the published {md5}; nothing was kept")
+            raise DataError(f"{url} has {algorithm.upper()} {found}, not the published {expected}; nothing was kept")
         os.replace(part, target)
     return target
 

@@ -3,15 +3,22 @@
 from fastcifar.metrics.comparison import METRICS, Reference, compare
 from fastcifar.metrics.extractors import ClassifierFeatures
 from fastcifar.metrics.frechet import FeatureStatistics, frechet_distance
+from fastcifar.metrics.inception import InceptionFeatures
 from fastcifar.metrics.neighbours import kernel_distance, precision_recall_density_coverage
+from fastcifar.metrics.perceptual import Lpips, Neighbours, nearest_neighbours, neighbour_rows
 
 __all__ = [
     "METRICS",
     "ClassifierFeatures",
     "FeatureStatistics",
+    "InceptionFeatures",
+    "Lpips",
+    "Neighbours",
     "Reference",
     "compare",
     "frechet_distance",
     "kernel_distance",
+    "nearest_neighbours",
+    "neighbour_rows",
     "precision_recall_density_coverage",
 ]

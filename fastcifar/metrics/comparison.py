@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy
+import safetensors
+import safetensors.torch
 import torch
 
 from fastcifar.metrics.frechet import FeatureStatistics, frechet_distance
 from fastcifar.metrics.neighbours import kernel_distance, precision_recall_density_coverage
 
-METRICS = ("fd", "kid", "prdc")
+# "fid" is what "fd" is called in the features that the published distances are measured in.
+METRICS = ("fd", "fid", "kid", "prdc")
 # Features kept for the metrics that need them one by one.
 _KEPT = 10_000
+_BATCH = 250
 
 
 class Reference:
@@ -34,6 +41,60 @@ class Reference:
                 kept.append(features)
         self.features = torch.cat(kept)[:_KEPT] if kept else torch.empty(0, extractor.dimension)
 
+    @classmethod
+    def of_images(cls, extractor: Any, images: numpy.ndarray, cache: pathlib.Path | None = None) -> Reference:
+        """That of real images uint8 [N, H, W, 3].
+
+        Args:
+            extractor: has a `digest` as well where there is a cache.
+            images: all of them.
+            cache: folder where it is looked up and kept, under the hashes of extractor and images.
+        """
+        place = None
+        if cache is not None:
+            content = hashlib.sha256(f"{images.shape}".encode() + numpy.ascontiguousarray(images).data).hexdigest()
+            place = cache / f"reference-{extractor.digest[:16]}-{content[:16]}.safetensors"
+            if place.is_file() and (found := cls._read(extractor, place)) is not None:
+                return found
+        made = cls(extractor, (images[begin : begin + _BATCH] for begin in range(0, len(images), _BATCH)))
+        if place is not None:
+            made._write(place)
+        return made
+
+    @classmethod
+    def _read(cls, extractor: Any, place: pathlib.Path) -> Reference | None:
+        """What the file holds; None where it is damaged."""
+        found = cls(extractor, ())
+        try:
+            state = safetensors.torch.load(place.read_bytes())
+            found.features = state.pop("features").to(extractor.device)
+            found.statistics.load_state(state)
+        except (OSError, KeyError, ValueError, safetensors.SafetensorError):
+            return None
+        return found if found.features.shape[1:] == (extractor.dimension,) else None
+
+    def _write(self, place: pathlib.Path) -> None:
+        """A cache that cannot be written is none."""
+        content = safetensors.torch.save({"features": self.features, **self.statistics.state()})
+        work = place.with_name(f".{place.name}-{os.getpid()}")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            work.write_bytes(content)
+            work.replace(place)
+        except OSError:
+            work.unlink(missing_ok=True)
+
+    def floor(self, count: int) -> float:
+        """The Fréchet distance of `count` real images (at most half of those kept) to the others: the bias of few."""
+        order = torch.randperm(len(self.features), generator=torch.Generator().manual_seed(0))
+        count = min(count, len(order) // 2)
+        sides = []
+        for chosen in (order[:count], order[count:]):
+            statistics = FeatureStatistics(self.features.shape[1], self.features.device)
+            statistics.update(self.features[chosen.to(self.features.device)])
+            sides += [statistics.mean, statistics.covariance]
+        return frechet_distance(*sides)
+
 
 def compare(
     extractor: Any, reference: Reference, batches: Iterable[numpy.ndarray], wanted: Sequence[str]
@@ -47,7 +108,7 @@ def compare(
         wanted: names of `METRICS`.
 
     Returns:
-        "fd", "kid" and "kid_deviation", "precision", "recall", "density", "coverage", as wanted.
+        "fd" or "fid", "kid" and "kid_deviation", "precision", "recall", "density", "coverage", as wanted.
 
     Raises:
         ValueError: an unknown metric.
@@ -55,11 +116,12 @@ def compare(
     unknown = [name for name in wanted if name not in METRICS]
     if unknown:
         raise ValueError(f"unknown metric {unknown[0]!r} (there are: {', '.join(METRICS)})")
-    generated = Reference(extractor, batches, keep=set(wanted) != {"fd"})
+    distances = [name for name in wanted if name in ("fd", "fid")]
+    generated = Reference(extractor, batches, keep=len(distances) < len(wanted))
     found: dict[str, float] = {}
-    if "fd" in wanted:
+    for name in distances:
         real, other = reference.statistics, generated.statistics
-        found["fd"] = frechet_distance(real.mean, real.covariance, other.mean, other.covariance)
+        found[name] = frechet_distance(real.mean, real.covariance, other.mean, other.covariance)
     if "kid" in wanted:
         found["kid"], found["kid_deviation"] = kernel_distance(reference.features, generated.features)
     if "prdc" in wanted:

@@ -15,9 +15,14 @@ class ClassifierFeatures:
         mean, std: of its normalisation, each three numbers for values in [0, 1].
         name, digest: how results call the network, and the hash of its tensors.
 
+    Attributes:
+        dimension: D. device: of network and features. resize: what is done to the images' size, "none".
+
     Raises:
         ValueError: a network without a linear layer.
     """
+
+    resize = "none"
 
     def __init__(self, network: nn.Module, mean, std, *, name: str, digest: str):
         layers = [module for module in network.modules() if isinstance(module, nn.Linear)]

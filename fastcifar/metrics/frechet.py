@@ -37,6 +37,31 @@ class FeatureStatistics:
         self._sum += centred.sum(0)
         self._products.addmm_(centred.T, centred)
 
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that was gathered, for `load_state`.
+
+        Raises:
+            ValueError: no features yet.
+        """
+        self._need(1)
+        count = torch.tensor(self.count, dtype=torch.int64)
+        return {"count": count, "shift": self._shift, "sum": self._sum, "products": self._products}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Takes over what `state` gave.
+
+        Raises:
+            ValueError: of another D, or incomplete.
+        """
+        size = len(self._sum)
+        for name, shape in (("count", ()), ("shift", (size,)), ("sum", (size,)), ("products", (size, size))):
+            if name not in state or tuple(state[name].shape) != shape:
+                raise ValueError(f"statistics of {size} features need {name} {list(shape)}")
+        self.count = int(state["count"])
+        self._shift = state["shift"].to(self._sum)
+        self._sum.copy_(state["sum"])
+        self._products.copy_(state["products"])
+
     @property
     def mean(self) -> torch.Tensor:
         """[D], float64.

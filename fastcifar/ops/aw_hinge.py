@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from fastcifar import native
+from fastcifar.profiling import annotated
 
 # The codes of `Scalar` in kernels/native/aw_hinge.h.
 _SCALARS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -35,6 +36,7 @@ def _same_memory_order(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dim() == 4 and all(t.is_contiguous(memory_format=torch.channels_last) for t in (a, b))
 
 
+@annotated("aw_hinge_terms")
 def hinge_terms(
     real_logits: torch.Tensor,
     fake_logits: torch.Tensor,
@@ -64,6 +66,7 @@ def hinge_terms(
     return terms, d_real, d_fake
 
 
+@annotated("aw_hinge_weights")
 def gradient_weights(
     terms: torch.Tensor,
     real_gradients: Sequence[torch.Tensor | None],
@@ -127,6 +130,7 @@ def gradient_weights(
     return weights, finite
 
 
+@annotated("aw_hinge_combine")
 def combine_(
     targets: Sequence[torch.Tensor],
     real_gradients: Sequence[torch.Tensor | None],

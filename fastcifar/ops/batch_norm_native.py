@@ -9,6 +9,7 @@ import torch
 from fastcifar import native
 from fastcifar.ops import batch_norm_fused
 from fastcifar.ops.batch_norm_fused import define, empty_rows, rows_of
+from fastcifar.profiling import annotated
 from fastcifar.validation import ACTIVATIONS
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -18,7 +19,7 @@ define(_LIBRARY, "native_", torch.float64)
 
 def _implementation(name: str):
     def register(function):
-        _LIBRARY.impl(name, function, "CPU")
+        _LIBRARY.impl(name, annotated(name)(function), "CPU")
         return function
 
     return register

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from fastcifar import native, reference
 from fastcifar.ops.batch_norm_native import DTYPES, Norm
 from fastcifar.ops.statistics import check_total, merge_over_ranks, update_running
+from fastcifar.profiling import annotated
 from fastcifar.validation import output_size
 
 _SIZES = "int[] stride, int[] padding, int[] dilation"
@@ -30,7 +31,7 @@ _LIBRARY.define(
 
 def _implementation(name: str):
     def register(function):
-        _LIBRARY.impl(name, function, "CPU")
+        _LIBRARY.impl(name, annotated(name)(function), "CPU")
         return function
 
     return register

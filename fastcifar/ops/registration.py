@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from fastcifar.profiling import annotated
+
 
 def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Makes the tensor's GPU the current one, where Triton launches; nothing for a CPU tensor."""
@@ -26,8 +28,8 @@ def implement(library: torch.library.Library, name: str) -> Callable[[Callable],
             with on_device_of(first):
                 return function(first, *arguments)
 
-        library.impl(name, function, "CPU")
-        library.impl(name, on_its_device, "CUDA")
+        library.impl(name, annotated(name)(function), "CPU")
+        library.impl(name, annotated(name)(on_its_device), "CUDA")
         return function
 
     return register

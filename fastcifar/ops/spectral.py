@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from fastcifar import native
 from fastcifar.ops.registration import on_device_of
 from fastcifar.ops.spectral_layout import Layout, arrange, arrange_contiguous, dense
+from fastcifar.profiling import annotated
 
 _LIBRARY = torch.library.Library("fastcifar", "FRAGMENT")
 _LIBRARY.define(
@@ -49,23 +50,27 @@ def _triton_batch(table: tuple[int, ...], device: torch.device) -> Any:
     return Batch(table, device)
 
 
+@annotated("spectral_normalize")
 def _normalize_native(table, weights, us, vs, new_us, new_vs, results, n_power_iterations, eps):
     lists = [_addresses(tensors) for tensors in (weights, us, vs, new_us, new_vs)]
     size, threads = results[0].element_size(), torch.get_num_threads()
     _native_batch(table).normalize(*lists, *_addresses(results), size, n_power_iterations, eps, threads)
 
 
+@annotated("spectral_normalize")
 def _normalize_triton(table, weights, us, vs, new_us, new_vs, results, n_power_iterations, eps):
     batch = _triton_batch(table, results[0].device)
     with on_device_of(results[0]):
         batch.normalize(weights, us, vs, new_us, new_vs, *results, n_power_iterations=n_power_iterations, eps=eps)
 
 
+@annotated("spectral_gradient")
 def _gradient_native(table, gradients, normalised, vectors, sigmas, result):
     tensors = _addresses([normalised, vectors, sigmas, result])
     _native_batch(table).gradient(_addresses(gradients), *tensors, result.element_size(), torch.get_num_threads())
 
 
+@annotated("spectral_gradient")
 def _gradient_triton(table, gradients, normalised, vectors, sigmas, result):
     with on_device_of(result):
         _triton_batch(table, result.device).gradient(gradients, normalised, vectors, sigmas, result)

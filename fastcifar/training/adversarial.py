@@ -7,18 +7,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
-from fastcifar import data, models
+from fastcifar import data
 from fastcifar import nn as fused
-from fastcifar.training import distributed, environment, sampling, schedule
+from fastcifar.metrics import METRICS
+from fastcifar.profiling import annotate
+from fastcifar.training import distributed, environment, judging, sampling, schedule
+from fastcifar.training.capture import Feed, build_graph
 from fastcifar.training.checkpoint import Checkpoint, CheckpointError
 from fastcifar.training.diff_augment import NUMBERS, diff_augment
 from fastcifar.training.ema import WeightAverage
+from fastcifar.training.gan import build_gan, discriminator_loss, generator_loss
 from fastcifar.training.optimisers import GuardedStep, build_optimiser
 from fastcifar.training.options import Recipe
-from fastcifar.training.recipe import policies
+from fastcifar.training.recipe import names, policies
 from fastcifar.training.state import by_part, load_optimiser, optimiser_tensors
 
 # What a step is averaged over: names in metrics rows, in the order of the sums.
@@ -29,23 +32,6 @@ AVERAGES = (
 # Deviation of pixels in [−1, 1] over a batch, and scores through a sigmoid, beyond which a run has gone wrong.
 COLLAPSED, SATURATED = 0.02, 0.995
 _MEAN = _STD = (0.5, 0.5, 0.5)
-
-
-def build_gan(recipe: Recipe, num_classes: int) -> models.GAN:
-    """The recipe's two networks with the weights of its seed, on the CPU.
-
-    Raises:
-        ValueError: an unknown model, option or implementation.
-    """
-    torch.manual_seed(recipe.seed)
-    options = dict(recipe.model_options)
-    if recipe.unconditional and "conditional" in models.model_options(recipe.model):
-        options["conditional"] = False
-    gan = models.create_model(recipe.model, num_classes=num_classes, **options)
-    for module in gan.modules():
-        if hasattr(module, "impl"):
-            module.impl = recipe.impl
-    return gan
 
 
 class Adversarial:
@@ -91,13 +77,24 @@ class Adversarial:
         self.sums = torch.zeros(len(AVERAGES), dtype=torch.float64, device=device)
         self.seen = 0
         self.loader = self._build_loader()
-        self.judge = sampling.Judge(recipe, dataset, device) if recipe.classifier else None
+        self.feed = Feed(device, static=device.type == "cuda")
+        self.graph, self.graph_notice = build_graph(self.compute, device, recipe, self.amp_dtype, processes.world_size)
+        self.judge = self._build_judge()
 
     def _spectral_group(self) -> fused.SpectralNormGroup | None:
         try:
             return fused.SpectralNormGroup(self.discriminator)
         except ValueError:
             return None  # no such layer
+
+    def _build_judge(self) -> judging.Judge | None:
+        recipe = self.recipe
+        wanted = names("--metrics", recipe.metrics, METRICS)
+        if recipe.classifier is None and "fid" not in wanted:
+            return None
+        return judging.build_judge(
+            self.dataset, self.device, wanted, classifier=recipe.classifier, count=recipe.metric_samples
+        )
 
     def _build_loader(self) -> data.ResidentLoader:
         recipe, dataset = self.recipe, self.dataset
@@ -136,13 +133,31 @@ class Adversarial:
         recipe = self.recipe
         return recipe.lr * self.rate_factor * schedule.factor(recipe.sched, step, recipe.steps, recipe.warmup_steps)
 
-    def _draw(self, step: int, turn: int) -> sampling.Draw:
-        """Latents, labels and augmentation numbers of one forward pass of this process: a function of its place."""
-        number = step * (self.recipe.n_dis + 1) + turn
-        whole = sampling.draw(self.model, self.recipe.seed, number, self.recipe.batch_size, 2 * NUMBERS)
+    def place(self, step: int) -> None:
+        """Puts what the step takes from the host where `compute` reads it."""
+        feed, n_dis = self.feed, self.recipe.n_dis
         size = self.recipe.batch_size // self.processes.world_size
         begin = self.processes.rank * size
-        return whole.part(begin, begin + size).to(self.device)
+        # Latents, labels and augmentation numbers of each forward pass: functions of its place in the run.
+        for turn in range(n_dis + 1):
+            number = step * (n_dis + 1) + turn
+            whole = sampling.draw(self.model, self.recipe.seed, number, self.recipe.batch_size, 2 * NUMBERS)
+            for name, value in whole.part(begin, begin + size)._asdict().items():
+                if value is not None:
+                    feed.put(f"{name} {turn}", value)
+        for turn in range(n_dis):
+            batch = self.loader.batch(step * n_dis + turn)
+            feed.put(f"images {turn}", batch.images)
+            feed.put(f"classes {turn}", batch.labels)
+        feed.number("step", step)
+        feed.number("rate", self.learning_rate(step))
+        if self.ema is not None:
+            feed.number("share", self.ema.share(step))
+        self.seen += 1
+
+    def _draw(self, turn: int) -> sampling.Draw:
+        labels = self.feed[f"labels {turn}"] if self.model.conditional else None
+        return sampling.Draw(self.feed[f"latents {turn}"], labels, self.feed[f"numbers {turn}"])
 
     def _autocast(self) -> torch.autocast:
         enabled = self.amp_dtype != torch.float32
@@ -160,72 +175,62 @@ class Adversarial:
 
     def train_step(self, step: int) -> None:
         """`n_dis` updates of the discriminator and one of the generator."""
-        rate = self.learning_rate(step)
+        with annotate("place"):
+            self.place(step)
+        with annotate("step"):
+            (self.graph or self.compute)()
+
+    def compute(self) -> None:
+        """The step's work on the device."""
         values: list[torch.Tensor] = []
         for turn in range(self.recipe.n_dis):
-            values = self._train_discriminator(step, turn, rate)
-        loss_g = self._train_generator(step, rate)
+            with annotate("discriminator"):
+                values = self._train_discriminator(turn)
+        with annotate("generator"):
+            loss_g = self._train_generator()
         if self.ema is not None:
-            self.ema.update(step)
+            self.ema.update(self.feed["share"])
         values.insert(1, loss_g)
         self.sums += torch.stack([value.detach().double() for value in values])
-        self.seen += 1
 
-    def _train_discriminator(self, step: int, turn: int, rate: float) -> list[torch.Tensor]:
-        batch = self.loader.batch(step * self.recipe.n_dis + turn)
-        draw = self._draw(step, turn)
+    def _train_discriminator(self, turn: int) -> list[torch.Tensor]:
+        draw = self._draw(turn)
         with torch.no_grad():
             generated = self._generate(draw)
         if self.spectral is not None:
             self.spectral.step()
         self.update_d.optimiser.zero_grad(set_to_none=True)
-        labels = batch.labels if self.model.conditional else None
-        real = self._judge_images(batch.images, labels, draw.numbers[:, :NUMBERS])
+        labels = self.feed[f"classes {turn}"] if self.model.conditional else None
+        real = self._judge_images(self.feed[f"images {turn}"], labels, draw.numbers[:, :NUMBERS])
         fake = self._judge_images(generated, draw.labels, draw.numbers[:, NUMBERS:])
         if self.loss == "aw_hinge":
             found = self.hinge.backward(real, fake)
             loss = found.loss_real + found.loss_fake
             rest = [found.score_real, found.score_fake, found.weight_real, found.weight_fake, found.cosine]
         else:
-            loss = self._discriminator_loss(real, fake)
+            loss = discriminator_loss(self.loss, real, fake)
             loss.backward()
-            self._average_gradients(self.discriminator)
+            self.processes.average_gradients(self.discriminator)
             one = torch.ones((), device=self.device)
             rest = [real.detach().sigmoid().mean(), fake.detach().sigmoid().mean(), one, one, 0 * one]
-        self.update_d.apply(loss, step, rate)
+        self.update_d.apply(loss, self.feed["step"], self.feed["rate"])
         # How much the generated images differ from each other: next to nothing after a collapse.
         deviation = generated.std(0).mean()
         return [loss, *rest, real.detach().mean(), fake.detach().mean(), deviation]
 
-    def _discriminator_loss(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-        if self.loss == "hinge":
-            return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-        # Binary cross-entropy with logits; the non-saturating loss has the same discriminator.
-        return F.softplus(-real).mean() + F.softplus(fake).mean()
-
-    def _train_generator(self, step: int, rate: float) -> torch.Tensor:
-        draw = self._draw(step, self.recipe.n_dis)
+    def _train_generator(self) -> torch.Tensor:
+        draw = self._draw(self.recipe.n_dis)
         self.update_g.optimiser.zero_grad(set_to_none=True)
         self.discriminator.requires_grad_(False)
         try:
             fake = self._judge_images(self._generate(draw), draw.labels, draw.numbers[:, :NUMBERS])
-            loss = -fake.mean() if self.loss in ("hinge", "aw_hinge") else F.softplus(-fake).mean()
+            loss = generator_loss(self.loss, fake)
             loss.backward()
         finally:
             self.discriminator.requires_grad_(True)
-        self._average_gradients(self.generator)
-        self.update_g.apply(loss, step, rate)
+        self.processes.average_gradients(self.generator)
+        self.update_g.apply(loss, self.feed["step"], self.feed["rate"])
         return loss
-
-    def _average_gradients(self, network: nn.Module) -> None:
-        if self.processes.world_size == 1:
-            return
-        gradients = [p.grad for p in network.parameters() if p.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        flat /= self.processes.world_size
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
 
     def take_averages(self) -> dict[str, float]:
         """Means over the steps since the last call; the scores are those of the raw logits through a sigmoid."""
@@ -298,11 +303,24 @@ class Adversarial:
         for name, update, network in self._updates():
             tensors |= optimiser_tensors(update.optimiser, network, f"optimiser_{name}")
             tensors |= {f"progress.bad_steps_{name}": update.bad_steps, f"progress.first_bad_{name}": update.first_bad}
-        names = list(self.dataset.class_names)
-        return tensors | {"progress.sums": self.sums}, {"seen": self.seen, "class_names": names}
+        notes = {"seen": self.seen, "class_names": list(self.dataset.class_names)}
+        if self.judge is not None:
+            notes["extractor_sha256"] = self.judge.extractor.digest
+        return tensors | {"progress.sums": self.sums}, notes
 
     def _updates(self) -> list[tuple[str, GuardedStep, nn.Module]]:
         return [("g", self.update_g, self.generator), ("d", self.update_d, self.discriminator)]
+
+    def _check_judge(self, checkpoint: Checkpoint) -> None:
+        """Figures of one run must be of one network, or they cannot be compared."""
+        before = checkpoint.state.get("extractor_sha256")
+        if self.judge is None or before is None or self.recipe.eval_only:
+            return
+        if before != (now := self.judge.extractor.digest):
+            raise CheckpointError(
+                f"{checkpoint.path}: its samples were judged by a network of SHA-256 {before[:12]}…, that of "
+                f"--classifier {self.recipe.classifier} is {now[:12]}…; pass the same one, or none"
+            )
 
     def load_state(self, checkpoint: Checkpoint) -> None:
         """Takes over everything of a checkpoint of the same recipe.
@@ -314,6 +332,7 @@ class Adversarial:
         missing = sorted(name for name in expected if name not in checkpoint.tensors)
         if missing:
             raise CheckpointError(f"{checkpoint.path} lacks {missing[0]!r}; it is of another recipe")
+        self._check_judge(checkpoint)
         parts = by_part(checkpoint.tensors)
         self.model.load_state_dict(parts["model"])
         self._keep_buffers()
@@ -327,3 +346,5 @@ class Adversarial:
         self.seen = checkpoint.state["seen"]
         if self.spectral is not None:
             self.spectral.invalidate()
+        if self.graph is not None:
+            self.graph.reset()

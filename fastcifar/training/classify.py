@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastcifar import data, models
+from fastcifar.profiling import annotate
 from fastcifar.training import distributed, environment, evaluation, schedule
+from fastcifar.training.capture import Feed, build_graph
 from fastcifar.training.checkpoint import Checkpoint, CheckpointError
 from fastcifar.training.ema import WeightAverage
 from fastcifar.training.optimisers import GuardedStep, build_optimiser
@@ -95,6 +97,9 @@ class Classification:
         if recipe.compile:
             self._forward = torch.compile(self._forward)
         self.loader = self._build_loader()
+        # On a GPU always static: a captured step then equals the same step as it is.
+        self.feed = Feed(device, static=device.type == "cuda")
+        self.graph, self.graph_notice = build_graph(self.compute, device, recipe, self.amp_dtype, processes.world_size)
 
     def _build_loader(self) -> data.ResidentLoader:
         recipe, dataset = self.recipe, self.dataset
@@ -143,27 +148,49 @@ class Classification:
 
     def train_step(self, step: int) -> None:
         """Trains on the global batch of this 0-based step."""
-        batch = self.loader.batch(step)
+        with annotate("place"):
+            self.place(step)
+        with annotate("step"):
+            (self.graph or self.compute)()
+
+    def place(self, step: int) -> None:
+        """Puts what the step takes from the host where `compute` reads it."""
+        with annotate("augment"):
+            batch = self.loader.batch(step)
+        for name, value in zip(batch._fields, batch, strict=True):
+            if value is not None:
+                self.feed.put(name, value)
+        self.feed.number("step", step)
+        self.feed.number("rate", self.learning_rate(step))
+        if self.ema is not None:
+            self.feed.number("share", self.ema.share(step))
         if self._has_dropout:
             torch.manual_seed((self.recipe.seed * 1_000_003 + step) * 4_096 + self.processes.rank)
-        amp = self.amp_dtype != torch.float32
-        with torch.autocast(self.device.type, self.amp_dtype, enabled=amp, cache_enabled=True):
-            logits = self._forward(batch.images)
-        loss = self._loss(logits.float(), batch)
-        self.update(loss, step, self.learning_rate(step))
-        if self.ema is not None:
-            self.ema.update(step)
-        self.loss_sum += loss.detach() * len(batch.labels)
-        self.correct += (logits.detach().argmax(1) == batch.labels).sum()
         self.seen += len(batch.labels)
 
-    def _loss(self, logits: torch.Tensor, batch: data.Batch) -> torch.Tensor:
+    def compute(self) -> None:
+        """The step's work on the device."""
+        feed, labels = self.feed, self.feed["labels"]
+        amp = self.amp_dtype != torch.float32
+        with annotate("forward"), torch.autocast(self.device.type, self.amp_dtype, enabled=amp, cache_enabled=True):
+            logits = self._forward(feed["images"])
+        with annotate("loss"):
+            loss = self._loss(logits.float(), labels)
+        self.update(loss, feed["step"], feed["rate"])
+        if self.ema is not None:
+            with annotate("average"):
+                self.ema.update(feed["share"])
+        self.loss_sum += loss.detach() * len(labels)
+        self.correct += (logits.detach().argmax(1) == labels).sum()
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         smoothing = self.recipe.label_smoothing
-        if batch.partner_labels is None:
-            return F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
-        own = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=smoothing)
-        partner = F.cross_entropy(logits, batch.partner_labels, reduction="none", label_smoothing=smoothing)
-        return torch.lerp(own, partner, batch.partner_weight.to(own.dtype)).mean()
+        if not self.loader.augmentation.mixes:
+            return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        own = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+        partner_labels, weight = self.feed["partner_labels"], self.feed["partner_weight"]
+        partner = F.cross_entropy(logits, partner_labels, reduction="none", label_smoothing=smoothing)
+        return torch.lerp(own, partner, weight.to(own.dtype)).mean()
 
     def tick(self, step: int, steps: int, seconds: float) -> dict[str, float]:
         """Nothing more than every run has."""
@@ -261,3 +288,5 @@ class Classification:
         self.seen = checkpoint.state["seen"]
         if self.update.scaler:
             self.update.scaler.load_state_dict(checkpoint.state["scaler"])
+        if self.graph is not None:
+            self.graph.reset()

@@ -39,6 +39,17 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
+    def average_gradients(self, network: nn.Module) -> None:
+        """The mean of the network's gradients over all processes, in place and in one message."""
+        if self.world_size == 1:
+            return
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= self.world_size
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(parts, gradients, strict=True)])
+
 
 def from_environment() -> Processes:
     """Reads torchrun's variables (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`).

@@ -11,8 +11,8 @@ from torch import nn
 class WeightAverage:
     """A copy of `model` whose floating-point tensors follow it slowly; integer buffers are copied.
 
-    After update t (from 0) the copy is `d·copy + (1 − d)·model` with `d = min(decay, (1 + t) / (10 + t))`, so that the
-    first weights are soon forgotten.
+    After update t (from 0), by `share(t)`, the copy is `d·copy + (1 − d)·model` with
+    `d = min(decay, (1 + t) / (10 + t))`, so that the first weights are soon forgotten.
 
     Args:
         model: the network; its copy is `self.model`, in eval mode.
@@ -29,10 +29,18 @@ class WeightAverage:
         rest = [name for name in source if not source[name].is_floating_point()]
         self._copied = [(target[name], source[name]) for name in rest]
 
+    def share(self, step: int) -> float:
+        """1 − d of 0-based `step`."""
+        return 1.0 - min(self.decay, (1 + step) / (10 + step))
+
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Follows the model after its 0-based `step`."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._target, self._source, 1.0 - decay)
+    def update(self, share: float | torch.Tensor) -> None:
+        """Follows the model by this share; a tensor [] of its device where it will be captured in a CUDA graph."""
+        if isinstance(share, torch.Tensor):
+            steps = torch._foreach_sub(self._source, self._target)
+            torch._foreach_mul_(steps, share)
+            torch._foreach_add_(self._target, steps)
+        else:
+            torch._foreach_lerp_(self._target, self._source, share)
         for target, source in self._copied:
             target.copy_(source)

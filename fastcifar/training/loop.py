@@ -15,6 +15,7 @@ from fastcifar.training import checkpoint, memory
 from fastcifar.training.adversarial import Adversarial
 from fastcifar.training.classify import Classification
 from fastcifar.training.distributed import Processes
+from fastcifar.training.profile import StepProfile
 from fastcifar.training.progress import Lines
 from fastcifar.training.run_folder import RunFolder
 from fastcifar.training.signals import StopRequest
@@ -80,11 +81,14 @@ class Loop:
         self._ask_every = 10 if processes.world_size > 1 and task.device.type == "cuda" else 1
         self._since = (step, seconds)
         self._saved = step if step else -1
-        self._warned = self._told = False
+        self._warned = self._told = self._refused = False
         self._bad = 0
         self.rollbacks = 0
         self._good: checkpoint.Checkpoint | None = None
         self._paces: collections.deque[float] = collections.deque(maxlen=50)
+        self._profile: StepProfile | None = None
+        if self.recipe.profile and folder is not None:
+            self._profile = StepProfile(task, folder.path / "profile")
 
     def run(self) -> None:
         """All steps that are left.
@@ -117,7 +121,10 @@ class Loop:
 
     def _train_step(self) -> None:
         try:
-            self.task.train_step(self.step)
+            if self._profile is None:
+                self.task.train_step(self.step)
+            else:
+                self._train_profiled()
             return
         except (MemoryError, RuntimeError) as error:
             if not memory.is_out_of_memory(error):
@@ -125,6 +132,12 @@ class Loop:
             reason = " ".join(str(error).split())[:200]
         # Out of reach of the error, whose frames hold the tensors of the failed step.
         raise OutOfMemory(self.step, reason)
+
+    def _train_profiled(self) -> None:
+        self._profile.train_step(self.step)
+        if self._profile.report is not None:
+            self.progress.message(self._profile.report)
+            self._profile = None
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
@@ -151,11 +164,15 @@ class Loop:
             self._write_samples()
         if self.folder is not None:
             self.folder.add(row)
-            if self.folder.problem and not self._told:
+            if self.folder.problem and not self._refused:
                 self.progress.message(f"WARNING: metrics cannot be written ({self.folder.problem}); tried again later")
-            self._told = self.folder.problem is not None
+            self._refused = self.folder.problem is not None
         self.progress.show(row)
         self._watch_pace(steps, seconds)
+        graph = self.task.graph
+        if graph is not None and graph.failure is not None and not self._told:
+            self.progress.message(f"WARNING: steps are not captured in a CUDA graph: {graph.failure}")
+            self._told = True
         warning = self.task.watch(row)
         if warning is not None and not self._warned:
             self.progress.message(warning)

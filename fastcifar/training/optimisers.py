@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fastcifar.profiling import annotate
 from fastcifar.training.options import Recipe
 
 
@@ -20,7 +21,9 @@ def build_optimiser(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
         nesterov = recipe.momentum > 0
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov, fused=True)
     kind = torch.optim.Adam if recipe.opt == "adam" else torch.optim.AdamW
-    return kind(groups, lr=recipe.lr, betas=(recipe.momentum, recipe.beta2), fused=True)
+    # Only a capturable one may be captured in a CUDA graph; its state lies on the device all the same.
+    capturable = trained[0].device.type == "cuda"
+    return kind(groups, lr=recipe.lr, betas=(recipe.momentum, recipe.beta2), fused=True, capturable=capturable)
 
 
 class GuardedStep:
@@ -53,17 +56,19 @@ class GuardedStep:
         self._buffers = [b for b in network.buffers() if b.is_floating_point() and b.numel()]
         self.keep_buffers()
 
-    def __call__(self, loss: torch.Tensor, step: int, learning_rate: float) -> None:
-        """One update for a scalar loss."""
+    def __call__(self, loss: torch.Tensor, step: int | torch.Tensor, learning_rate: float | torch.Tensor) -> None:
+        """One update for a scalar loss; tensors [] for step and rate where it will be captured in a CUDA graph."""
         self.optimiser.zero_grad(set_to_none=True)
-        if self.scaler is None:
-            loss.backward()
-        else:
-            self.scaler.scale(loss).backward()
-            self.scaler.unscale_(self.optimiser)
-        self.apply(loss, step, learning_rate)
+        with annotate("backward"):
+            if self.scaler is None:
+                loss.backward()
+            else:
+                self.scaler.scale(loss).backward()
+                self.scaler.unscale_(self.optimiser)
+        with annotate("update"):
+            self.apply(loss, step, learning_rate)
 
-    def apply(self, loss: torch.Tensor, step: int, learning_rate: float) -> None:
+    def apply(self, loss: torch.Tensor, step: int | torch.Tensor, learning_rate: float | torch.Tensor) -> None:
         """The update by the gradients that are there, those of `loss`."""
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate
@@ -100,7 +105,7 @@ class GuardedStep:
         parts = kept.split([b.numel() for b in self._buffers])
         torch._foreach_copy_(self._buffers, [part.view_as(b) for part, b in zip(parts, self._buffers, strict=True)])
 
-    def _record(self, bad: torch.Tensor, step: int) -> None:
+    def _record(self, bad: torch.Tensor, step: int | torch.Tensor) -> None:
         self.bad_steps += bad
         self.first_bad.copy_(torch.where(bad & (self.first_bad < 0), step, self.first_bad))
         self._restore_buffers(bad)

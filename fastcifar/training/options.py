@@ -71,12 +71,17 @@ class Recipe:
     n_dis: int = _count(1, "discriminator steps for each generator step", _GAN, 1)
     diffaugment: str = _option("off", "DiffAugment: off, or color, translation, cutout with commas between", _GAN)
     classifier: str | None = _option(None, "run of a classifier whose features judge the samples", _GAN)
-    metrics: str = _option("fd", "at evaluations with --classifier: fd, kid, prdc with commas between", _GAN)
+    metrics: str = _option("fd", "at evaluations: fd, kid, prdc with --classifier, fid without; commas between", _GAN)
     metric_samples: int = _count(10_000, "images that the metrics see", _GAN, 2)
 
     device: str = _option("auto", "auto, cpu, cuda or cuda:N", _SPEED)
     amp_dtype: str = _option("auto", "arithmetic of the network", _SPEED, choices=("auto", "bf16", "fp16", "fp32"))
     impl: str = _option("auto", "implementation of the fused operators", _SPEED, choices=validation.IMPLEMENTATIONS)
+    cuda_graph: bool | None = _option(
+        None, "replay each step as one CUDA graph; default: where it can be, on a single GPU", _SPEED, bool
+    )
+    nvtx: bool = _option(False, "NVTX ranges of steps, phases and operators, for nsys and ncu", _SPEED, bool)
+    profile: bool = _option(False, "profile some steps: profile/ in the run folder", _SPEED, bool)
     compile: bool = _option(False, "torch.compile the network", _SPEED, bool)
     seed: int = _count(0, "of weights, order and augmentation", _SPEED)
     deterministic: bool = _option(False, "only deterministic algorithms", _SPEED, bool)

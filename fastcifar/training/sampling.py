@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy
 import torch
 from torch import nn
 
-from fastcifar import data, metrics, models
-from fastcifar.training import checkpoint as checkpoints
-from fastcifar.training.classify import load_weights
-from fastcifar.training.options import Recipe
-from fastcifar.training.recipe import names
+from fastcifar import data, models
 
 _GRID_CLASSES, _GRID_SAMPLES, _BATCH = 10, 8, 250
 # Apart from the numbers of training steps.
@@ -136,55 +132,3 @@ def write_grids(
         else:
             chosen = numpy.arange(count)
         save_png(folder / "reals.png", grid(dataset.train_images[chosen], _GRID_SAMPLES))
-
-
-class Judge:
-    """Metrics of samples in the features of a classifier trained here, against the test images.
-
-    Raises:
-        ValueError: the classifier's run cannot be read, or is of other classes.
-    """
-
-    def __init__(self, recipe: Recipe, dataset: data.ImageDataset, device: torch.device):
-        self.wanted = names("--metrics", recipe.metrics, metrics.METRICS)
-        self.count, self.device = recipe.metric_samples, device
-        saved = checkpoints.find(pathlib.Path(recipe.classifier), notify=lambda text: None)
-        self.extractor = classifier_features(saved, dataset, device)
-        self.reference = metrics.Reference(
-            self.extractor, (dataset.test_images[i : i + _BATCH] for i in range(0, len(dataset.test_images), _BATCH))
-        )
-
-    def describe(self) -> dict[str, Any]:
-        """What the figures rest on."""
-        extractor, count = self.extractor, self.reference.statistics.count
-        return {
-            "extractor": f"classifier {extractor.name}",
-            "extractor_sha256": extractor.digest,
-            "reference": f"{count} test images",
-            "samples": self.count,
-            "resize": "none",
-        }
-
-    def metrics(self, generator: nn.Module, gan: models.GAN) -> dict[str, float]:
-        """The wanted metrics of so many fresh samples."""
-        batches = (images for images, _ in sample_batches(generator, gan, self.count, self.device))
-        return metrics.compare(self.extractor, self.reference, batches, self.wanted)
-
-
-def classifier_features(
-    saved: checkpoints.Checkpoint, dataset: data.ImageDataset, device: torch.device
-) -> metrics.ClassifierFeatures:
-    """The penultimate features of the classifier that a checkpoint holds.
-
-    Raises:
-        ValueError: the checkpoint is of a GAN or of another number of classes.
-    """
-    config = saved.state["config"]
-    if config["model"] in models.list_models(gan=True):
-        raise ValueError(f"{saved.path} holds the GAN {config['model']}; --classifier needs a classifier's run")
-    network = models.create_model(config["model"], num_classes=dataset.num_classes, **config["model_options"])
-    load_weights(network, saved)
-    tensors = {f"model.{name}": tensor for name, tensor in network.state_dict().items()}
-    return metrics.ClassifierFeatures(
-        network.to(device), dataset.mean, dataset.std, name=config["model"], digest=checkpoints.state_sha256(tensors)
-    )

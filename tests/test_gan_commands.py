@@ -1,0 +1,210 @@
+"""Training, evaluating and generating with GANs as a user does."""
+
+import json
+
+import numpy
+import pytest
+import torch
+from training_case import result_of, status_of, write_tiny
+
+from fastcifar import data, evaluate, generate
+from fastcifar.training import checkpoint, gan, loop, sampling
+from fastcifar.training.options import Recipe
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short run of a conditional GAN, judged by a classifier's run, and its data set."""
+    folder = tmp_path_factory.mktemp("run")
+    source = write_tiny(folder / "tiny.npz", size=32)
+    common = ["--dataset", source, "--steps", "2", "-b", "8", "--amp-dtype", "fp32"]
+    classifier = ["--model-option", "width=0.25", "--output", folder / "classifier"]
+    assert status_of([*common, *classifier]) == 0
+    gan = ["--model", "aw_sngan", "--classifier", folder / "classifier", "--metrics", "fd,kid,prdc"]
+    gan += ["--metric-samples", "30", "--model-option", "width=4", "--model-option", "discriminator_width=2"]
+    assert status_of([*common, *gan, "--output", folder / "gan"]) == 0
+    return folder
+
+
+def test_a_run_leaves_grids_metrics_and_its_result(run, capsys):
+    from PIL import Image
+
+    assert status_of(["--resume", run / "gan", "--dataset", f"npz:{run}/tiny.npz", "--eval-only"]) == 0
+    result = result_of(capsys)
+    assert {"fd", "kid", "precision", "extractor_sha256", "reference", "samples"} <= set(result)
+    assert result["loss"] == "aw_hinge" and result["conditional"] and result["extractor"] == "classifier ds_resnet"
+    samples = run / "gan" / "samples"
+    assert {p.name for p in samples.iterdir()} == {"reals.png", "fakes-000001.png", "fakes-000002.png"}
+    # Five classes of eight samples, each 34 pixels wide, twice as large.
+    assert Image.open(samples / "fakes-000002.png").size == (8 * 34 * 2, 5 * 34 * 2)
+    rows = (run / "gan" / "metrics.csv").read_text().splitlines()
+    assert rows[0].startswith("step,epoch,learning_rate,loss_d,loss_g") and len(rows) == 3
+    assert (run / "gan" / "curves.png").stat().st_size > 1000
+
+
+def drawn(run, *arguments):
+    return status_of(["--checkpoint", run / "gan", *arguments], generate.main, "python -m fastcifar.generate")
+
+
+def test_generate_writes_sheets_sets_and_interpolations(run, tmp_path, capsys):
+    from PIL import Image
+
+    names = data.load_dataset(f"npz:{run}/tiny.npz").class_names
+    assert drawn(run, "--output", tmp_path, "--classes", f"{names[2]},{names[0]}", "--seeds", "3-5,9") == 0
+    assert Image.open(tmp_path / "sheet.png").size == (4 * 34 * 3, 2 * 34 * 3)
+    first = (tmp_path / "sheet.png").read_bytes()
+    assert drawn(run, "--output", tmp_path, "--classes", f"{names[2]},{names[0]}", "--seeds", "3-5,9") == 0
+    assert (tmp_path / "sheet.png").read_bytes() == first
+    assert drawn(run, "--output", tmp_path, "--count", "11") == 0
+    with numpy.load(tmp_path / "samples-11.npz") as file:
+        assert file["images"].shape == (11, 32, 32, 3) and file["labels"].shape == (11,)
+    assert drawn(run, "--output", tmp_path, "--count", "3", "--format", "png") == 0
+    assert len(list((tmp_path / "samples").rglob("*.png"))) == 3
+    assert drawn(run, "--output", tmp_path, "--interpolate", f"{names[0]}:{names[4]}", "--frames", "5") == 0
+    written = result_of(capsys)["written"]
+    assert Image.open(written[0]).size == (5 * 34 * 3, 34 * 3)
+    assert Image.open(written[1]).n_frames == 8
+
+
+def load(run):
+    saved = checkpoint.find(run / "gan", notify=print)
+    return gan.load_gan(saved, Recipe(**loop.read_config(saved)))
+
+
+def test_interpolations_begin_and_end_at_their_classes(run):
+    networks, names = load(run)
+    options = generate._parser().parse_args(
+        ["--checkpoint", "x", "--interpolate", f"{names[1]}:{names[3]}", "--seeds", "5,6", "--frames", "4"]
+    )
+    frames = generate._interpolation(networks, names, options, CPU)
+    networks, _ = load(run)
+    for frame, seed, label in ((frames[0], 5, 1), (frames[-1], 6, 3)):
+        latents = generate._latent(networks, seed)[None]
+        expected = sampling.to_uint8(sampling.generate(networks.generator, latents, torch.tensor([label])))[0]
+        assert numpy.abs(frame.astype(int) - expected).max() <= 1
+
+
+BAD_GENERATE = {
+    "unknown class": (["--classes", "poppi"], "class"),
+    "no interpolation": (["--interpolate", "poppy"], "poppy:apple"),
+    "bad seeds": (["--seeds", "a-b"], "--seeds must be numbers"),
+    "truncation": (["--truncation", "2"], "--truncation must lie in"),
+    "format": (["--count", "3", "--format", "gif"], "--format"),
+    "no images": (["--count", "0"], "--count must be ≥ 1"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD_GENERATE.values(), ids=BAD_GENERATE.keys())
+def test_generate_refuses_in_one_line(arguments, words, run, tmp_path, capsys):
+    assert drawn(run, "--output", tmp_path, *arguments) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and words in error
+
+
+def evaluated(run, *arguments, of="gan"):
+    common = ["--checkpoint", run / of, "--output", run / "evaluated", "--samples", "30"]
+    return status_of([*common, *arguments], evaluate.main, "python -m fastcifar.evaluate")
+
+
+def test_evaluate_measures_samples(run, capsys):
+    wanted = ["--metrics", "fd,kid,prdc,cas", "--classifier", run / "classifier", "--cas-steps", "2"]
+    assert evaluated(run, *wanted) == 0
+    out = capsys.readouterr().out
+    assert "30 images are few for a Fréchet distance" in out
+    result = json.loads(out.splitlines()[-1])
+    assert json.loads((run / "evaluated" / "evaluation.json").read_text()) == result
+    assert {"fd", "kid", "kid_deviation", "precision", "recall", "density", "coverage", "cas"} <= set(result)
+    assert result["extractor"] == "classifier ds_resnet" and len(result["extractor_sha256"]) == 64
+    assert result["reference"] == "40 test images" and result["samples"] == 30 and result["resize"] == "none"
+    assert 0 <= result["cas"] <= 100 and "2 steps of 128, trained on 30 samples" in result["cas_classifier"]
+    # As in training, with other samples only where the seed is another.
+    assert evaluated(run, "--metrics", "fd", "--classifier", run / "classifier") == 0
+    assert result_of(capsys)["fd"] == result["fd"]
+    assert evaluated(run, "--metrics", "fd", "--classifier", run / "classifier", "--seed", "1") == 0
+    assert result_of(capsys)["fd"] != result["fd"]
+
+
+def test_figures_of_one_run_are_of_one_network(run, tmp_path, capsys):
+    source = f"npz:{run}/tiny.npz"
+    other = ["--dataset", source, "--steps", "1", "-b", "8", "--seed", "1", "--model-option", "width=0.25"]
+    assert status_of([*other, "--output", tmp_path / "other"]) == 0
+    again = ["--resume", run / "gan", "--classifier", tmp_path / "other", "--dataset", source]
+    assert status_of(again) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "were judged by a network of SHA-256" in error
+    assert status_of([*again, "--eval-only"]) == 0
+
+
+BAD_EVALUATE = {
+    "unknown metric": (["--metrics", "fdd"], "choose from: fd, fid, kid, prdc, lpips-nn, cas"),
+    "fid of a classifier": (["--metrics", "fid", "--classifier", "absent"], "ask for fd"),
+    "absent classifier": (["--metrics", "fd", "--classifier", "absent"], "there is no absent"),
+    "one sample": (["--samples", "1"], "--samples must be ≥ 2"),
+    "no steps": (["--metrics", "cas", "--cas-steps", "0"], "--cas-steps must be ≥ 1"),
+    "copies": (["--tta"], "--tta is for classifiers"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD_EVALUATE.values(), ids=BAD_EVALUATE.keys())
+def test_evaluate_refuses_in_one_line(arguments, words, run, capsys):
+    assert evaluated(run, *arguments) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and words in error
+
+
+def test_a_classifier_has_no_metrics_of_samples(run, capsys):
+    assert evaluated(run, "--metrics", "fd", of="classifier") == 2
+    assert "--metrics is for GANs" in capsys.readouterr().err
+
+
+def test_generate_refuses_a_classifier(run, capsys):
+    assert status_of(["--checkpoint", run / "classifier"], generate.main, "python -m fastcifar.generate") == 2
+    assert "holds the classifier ds_resnet" in capsys.readouterr().err
+
+
+BAD = {
+    "classifier's option": ["--model", "aw_sngan", "--mixup", "1"],
+    "test-time augmentation": ["--model", "dcgan", "--tta"],
+    "unknown loss": ["--model", "aw_sngan", "--loss", "wgan"],
+    "unknown policy": ["--model", "aw_sngan", "--diffaugment", "colour"],
+    "unknown metric": ["--model", "aw_sngan", "--metrics", "fdd"],
+    "fp16": ["--model", "aw_sngan", "--amp-dtype", "fp16"],
+    "sgd": ["--model", "aw_sngan", "--opt", "sgd"],
+    "absent classifier": ["--model", "aw_sngan", "--classifier", "absent"],
+    "GAN's option": ["--model", "ds_resnet", "--unconditional"],
+    "width": ["--model", "aw_sngan", "--model-option", "width=0"],
+}
+
+
+@pytest.mark.parametrize("arguments", BAD.values(), ids=BAD.keys())
+def test_a_wrong_command_line_is_one_line_and_status_2(arguments, run, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert status_of(["--dataset", f"npz:{run}/tiny.npz", "--output", output, *arguments]) == 2
+    captured = capsys.readouterr()
+    assert len(captured.err.splitlines()) == 1 and not output.exists()
+
+
+def test_other_sizes_than_32_are_refused(tmp_path, capsys):
+    source = write_tiny(tmp_path / "small.npz", size=12)
+    assert status_of(["--dataset", source, "--model", "dcgan", "--output", tmp_path / "run"]) == 2
+    assert "draws 32×32 images" in capsys.readouterr().err
+
+
+def test_nearest_training_images_are_measured_and_drawn(run, lpips_weights, capsys):
+    from PIL import Image
+
+    assert evaluated(run, "--metrics", "lpips-nn", "--lpips-weights", lpips_weights) == 0
+    result = result_of(capsys)
+    assert result["lpips_samples"] == 30 and result["lpips_reference"] == "100 train images"
+    assert result["lpips_nn"] > result["lpips_nn_of_test_images"] > 0  # test and training images are much alike here
+    assert Image.open(run / "evaluated" / "nearest.png").size == (6 * 34 * 2, 16 * 34 * 2)
+
+
+def test_absent_weights_are_one_line(run, tmp_path, capsys):
+    pytest.importorskip("pytorch_fid.inception", exc_type=Exception)
+    absent = tmp_path / "absent.pth"
+    assert evaluated(run, "--metrics", "fid", "--inception-weights", absent) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and str(absent) in error and "--classifier RUN" in error
