@@ -10,9 +10,8 @@ import numpy
 import torch
 
 from fastcifar import command_line, models, validation
-from fastcifar.training import checkpoint, environment, loop, sampling
+from fastcifar.training import checkpoint, environment, recipe, sampling
 from fastcifar.training.gan import load_gan
-from fastcifar.training.options import Recipe
 
 
 def _parser() -> command_line.Parser:
@@ -151,8 +150,7 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError(f"--count must be ≥ 1, got {parsed.count}")
     device = environment.choose_device(parsed.device)
     saved = checkpoint.find(parsed.checkpoint, notify=print)
-    recipe = Recipe(**{**loop.read_config(saved), "impl": "auto"})
-    gan, names = load_gan(saved, recipe, average=not parsed.no_average)
+    gan, names = load_gan(saved, recipe.of_checkpoint(saved, impl="auto"), average=not parsed.no_average)
     gan = gan.to(device)
     folder = pathlib.Path(parsed.output) if parsed.output else checkpoint.run_folder(saved.path) / "generated"
     written = []

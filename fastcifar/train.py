@@ -90,7 +90,7 @@ def _resolve(arguments: Any, has_gpu: bool) -> tuple[Recipe, checkpoint.Checkpoi
     flags = _flags(arguments)
     config = recipe.read_config(arguments.config) if arguments.config else {}
     resume = flags.get("resume", config.get("resume"))
-    if resume is None:
+    if not isinstance(resume, str):
         return recipe.resolve(flags, config, has_gpu=has_gpu), None
     if resume == "auto":
         fresh = recipe.resolve(flags, config, has_gpu=has_gpu)
@@ -101,7 +101,7 @@ def _resolve(arguments: Any, has_gpu: bool) -> tuple[Recipe, checkpoint.Checkpoi
     else:
         place = pathlib.Path(resume)
     saved = checkpoint.find(place, notify=lambda text: print(f"WARNING: {text}", file=sys.stderr))
-    old = loop.read_config(saved)
+    old = saved.config
     wanted = recipe.resolve({**flags, "resume": resume}, {**old, **config, "init_weights": None}, has_gpu=has_gpu)
     changed = recipe.differences(old, dataclasses.asdict(wanted))
     if changed:

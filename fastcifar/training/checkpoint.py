@@ -43,6 +43,18 @@ class Checkpoint:
     state: dict[str, Any]
     path: pathlib.Path
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The options of the run that it belongs to.
+
+        Raises:
+            CheckpointError: it holds none.
+        """
+        config = self.state.get("config")
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{self.path}/checkpoint.json holds no configuration; the file is damaged")
+        return config
+
 
 def state_sha256(tensors: dict[str, torch.Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of the tensors, in the order of their names."""

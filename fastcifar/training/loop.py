@@ -272,20 +272,8 @@ class Loop:
             step, seconds = saved.state["since"]
             self._since = (int(step), float(seconds))
             self._set_rollbacks(int(saved.state.get("rollbacks", 0)))
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise checkpoint.CheckpointError(f"{saved.path} is not a checkpoint of this recipe ({reason})") from error
         self.step = self._saved = saved.step
         self._bad = int(self.task.bad_steps)
-
-
-def read_config(saved: checkpoint.Checkpoint) -> dict[str, Any]:
-    """The options of the run that a checkpoint belongs to.
-
-    Raises:
-        CheckpointError: it holds none.
-    """
-    config = saved.state.get("config") if isinstance(saved.state, dict) else None
-    if not isinstance(config, dict):
-        raise checkpoint.CheckpointError(f"{saved.path}/checkpoint.json holds no configuration; the file is damaged")
-    return config
