@@ -11,7 +11,7 @@ import cifar_files
 import numpy
 import pytest
 
-from fastcifar.data import DataError, archive, cifar, unpickling
+from fastcifar.data import DataError, archive, cifar, folders, unpickling
 
 WANTED = "cifar-100-python/train"
 
@@ -112,9 +112,6 @@ HANDMADE = {
     "build on a class": opcodes(b"cnumpy\ndtype\n", b"}(U\x08__call__K\x01ub"),
     "state for an array": opcodes(b"cnumpy.core.multiarray\n_reconstruct\n", b"(cnumpy\nndarray\nK\x00\x85U\x01btR",
                                   b"}U\x08__dict__K\x01sb"),
-    "attributes of an allowed function": opcodes(
-        b"cnumpy.core.multiarray\n_reconstruct\n", b"(N}U\x0c__defaults__NstbK\x01"
-    ),
     "out-of-band buffer": b"\x80\x05\x97.",
     "name with line breaks": b"\x80\x04\x8c\x03o\ns\x8c\x06system\x93.",
     "huge integer": b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"\1.",
@@ -142,6 +139,21 @@ def test_handmade_pickles(content, canary):
         unpickling.read_table(content, "train")
     assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
     tracemalloc.stop()
+
+
+def test_no_attribute_of_an_allowed_function_can_be_set(canary):
+    content = opcodes(b"cnumpy.core.multiarray\n_reconstruct\n", b"(N}U\x0c__defaults__Nstb")
+    with pytest.raises(DataError, match="a state for a function"):
+        unpickling.read_table(content, "train")
+
+
+@pytest.mark.parametrize("name", ["train_images", "class_names"])
+def test_an_npz_with_pickled_objects(name, canary):
+    arrays = {f"{split}_{part}": numpy.zeros(1) for split in ("train", "test") for part in ("images", "labels")}
+    arrays[name] = numpy.array([Call(os.mkdir, "canary")], dtype=object)
+    numpy.savez(canary.parent.parent / "evil.npz", **arrays)
+    with pytest.raises(DataError, match="cannot be read .*pickle"):
+        folders.read_npz(canary.parent.parent / "evil.npz")
 
 
 def test_honest_pickles_are_read():

@@ -136,7 +136,7 @@ def test_what_the_refused_files_are_made_of_is_accepted():
 REFUSED = {
     "beyond its storage": (archived(tensor(5)), "out of bounds"),
     "behind its storage": (archived(tensor(offset=1)), "out of bounds"),
-    "negative offset": (archived(tensor(offset=-1)), "offset -1"),
+    "negative offset": (archived(tensor(offset=-1)), "'offset': -1"),
     "endless size": (archived(tensor(2**70, stride=(0,))), "size"),
     "true as a size": (archived(tensor(True)), "size"),
     "no strides": (archived(tensor(stride=())), "stride"),

@@ -54,7 +54,7 @@ def _rebuild(storage: Any, offset: Any, size: Any, stride: Any, *ignored: Any) -
     if not isinstance(storage, _Storage) or not isinstance(size, tuple) or not isinstance(stride, tuple):
         raise pickle.UnpicklingError("a tensor without a plain storage")
     if len(size) != len(stride) or not _numbers(offset, *size, *stride):
-        raise pickle.UnpicklingError(f"a tensor of size {reprlib.repr(size)}, stride {reprlib.repr(stride)} and offset {reprlib.repr(offset)}")
+        raise pickle.UnpicklingError(f"a tensor of {reprlib.repr({'size': size, 'stride': stride, 'offset': offset})}")
     return _Strided(storage, offset, size, stride)
 
 
