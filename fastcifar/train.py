@@ -139,9 +139,7 @@ def _check(chosen: Recipe) -> None:
         models.create_model(chosen.model, **chosen.model_options)
     except (RuntimeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise command_line.UsageError(
-            f"--model {chosen.model} cannot be built with these options ({reason})"
-        ) from error
+        raise command_line.UsageError(f"--model {chosen.model} cannot be built so ({reason})") from error
     trackers.check(chosen)
 
 
@@ -205,8 +203,7 @@ def _train(task: Classification | Adversarial, train_loop: loop.Loop, folder: ru
         return _NOT_FINITE if isinstance(failure, loop.NotFinite) else _SAVE_FAILED
     except loop.OutOfMemory as failure:
         progress.close()
-        if folder is not None:
-            _complain(memory.describe(task, failure.step, str(failure)))
+        _complain(memory.describe(task, failure.step, str(failure)))
         return _OUT_OF_MEMORY
     finally:
         progress.close()
@@ -257,6 +254,7 @@ def main(arguments: Sequence[str]) -> int:
     folder = None
     distributed.join(processes, device)
     try:
+        processes.check_same("begins after step", saved.step if saved else 0)
         gan = chosen.model in models.list_models(gan=True)
         columns = run_folder.GAN_COLUMNS if gan else run_folder.COLUMNS
         task = (Adversarial if gan else Classification)(chosen, dataset, device, processes)

@@ -10,7 +10,8 @@ import torch
 
 from fastcifar import functional, validation
 from fastcifar.data.augment import Augmentation
-from fastcifar.reference_augment import normalisation
+from fastcifar.data.shard import PLACEMENTS, ImageShard
+from fastcifar.reference_augment import normalisation, partner_shift
 
 __all__ = ["Augmentation", "Batch", "Plan", "ResidentLoader", "evaluation_batches"]
 
@@ -31,11 +32,17 @@ class Batch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What makes a global batch: `step`, int64 [1]; `indices`, int64 [B]; for alternating flips `flips`, bool [B]."""
+    """What makes a global batch: `step`, int64 [1]; `indices`, int64 [B]; for alternating flips `flips`, bool [B].
+
+    Where the images are shared out over processes, also those that this one needs, `images` uint8 [n, H, W, 3] and
+    `labels` int64 [n], which the indices of its positions then point into.
+    """
 
     step: torch.Tensor
     indices: torch.Tensor
-    flips: torch.Tensor | None
+    flips: torch.Tensor | None = None
+    images: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
 
 
 def _generator(seed: int, purpose: int, index: int) -> numpy.random.Generator:
@@ -60,6 +67,8 @@ class ResidentLoader:
         dtype: of the batches; float32, bfloat16 or float16.
         rank, world_size: this process's contiguous part of each global batch.
         impl: of the augmentations, as in `fastcifar.functional.augment`.
+        placement: "replicated", the whole set in every process, or "sharded", a part of it, the images of each batch
+            being exchanged; the batches are the same.
 
     Raises:
         ValueError: shapes, sizes or ranks that do not fit.
@@ -81,6 +90,7 @@ class ResidentLoader:
         rank: int = 0,
         world_size: int = 1,
         impl: str = "auto",
+        placement: str = "replicated",
     ):
         if images.ndim != 4 or images.shape[3] != 3 or images.dtype != numpy.uint8 or len(images) != len(labels):
             raise ValueError(
@@ -99,7 +109,12 @@ class ResidentLoader:
         self.batch_size, self.seed, self.augmentation = batch_size, seed, augmentation
         self.device, self.dtype, self.impl = torch.device(device), dtype, impl
         self._count, self._mean, self._std = len(images), tuple(mean), tuple(std)
-        self._images = torch.from_numpy(numpy.ascontiguousarray(images)).to(self.device)
+        validation.choose("placement", placement, PLACEMENTS)
+        self._shard = None
+        if placement == "sharded" and world_size > 1:
+            self._shard = ImageShard(images, rank, world_size, self.device)
+        else:
+            self._images = torch.from_numpy(numpy.ascontiguousarray(images)).to(self.device)
         self._labels = torch.from_numpy(labels).to(self.device)
         share = batch_size // world_size
         self._positions = rank * share, share  # the first, and how many
@@ -133,28 +148,46 @@ class ResidentLoader:
         return indices, epochs
 
     def plan(self, step: int) -> Plan:
-        """What the batch of 0-based `step` is made of, on the device."""
+        """What the batch of 0-based `step` is made of, on the host; exchanged images on the device."""
         indices, epochs = self._indices(step, numpy.arange(self.batch_size))
         flips = None
         if self._flip_half is not None:
-            flips = torch.from_numpy((self._flip_half[indices] + epochs) % 2 == 1).to(self.device)
-        return Plan(torch.tensor([step], device=self.device), torch.from_numpy(indices).to(self.device), flips)
+            flips = torch.from_numpy((self._flip_half[indices] + epochs) % 2 == 1)
+        plan = Plan(torch.tensor([step]), torch.from_numpy(indices), flips)
+        return plan if self._shard is None else self._fetched(plan, step, indices)
+
+    def _fetched(self, plan: Plan, step: int, indices: numpy.ndarray) -> Plan:
+        """With the images of this process's positions, and of their partners', in place of all of them."""
+        first, count = self._positions
+        positions = numpy.arange(self.batch_size).reshape(-1, count)  # a row for each process
+        if self.augmentation.mixup or self.augmentation.cutmix:
+            ahead = int(partner_shift(plan.indices, step, self.seed))
+            positions = numpy.concatenate([positions, (positions + ahead) % self.batch_size], axis=1)
+        wanted = indices[positions]
+        own = positions[first // count]
+        places = numpy.zeros_like(indices)
+        places[own] = numpy.arange(len(own))
+        images = self._shard.fetch(list(wanted))
+        labels = self._labels[torch.from_numpy(indices[own]).to(self.device)]
+        return plan._replace(indices=torch.from_numpy(places), images=images, labels=labels)
 
     def render(self, plan: Plan) -> Batch:
-        """The batch of a plan. Nothing here waits for the device or depends on anything but the plan's tensors, so that
-        a captured graph can be given new ones by copying into them."""
+        """The batch of a plan on the device. Nothing here waits for the device or depends on anything but the plan's
+        tensors, so that a captured graph can be given new ones by copying into them."""
         first, count = self._positions
+        source = self._images if plan.images is None else plan.images
+        labels = self._labels if plan.labels is None else plan.labels
         images, partners, partner_weight = functional.augment(
-            self._images, plan.indices, step=plan.step, seed=self.seed, mean=self._mean, std=self._std, first=first,
+            source, plan.indices, step=plan.step, seed=self.seed, mean=self._mean, std=self._std, first=first,
             count=count, flips=plan.flips, random_flip=self.augmentation.hflip == "random", dtype=self.dtype,
             impl=self.impl, **self.augmentation.options,
         )  # fmt: skip
-        labels = self._labels[plan.indices[first : first + count]]
-        return Batch(images, labels, None if partners is None else self._labels[partners], partner_weight)
+        own = labels[plan.indices[first : first + count]]
+        return Batch(images, own, None if partners is None else labels[partners], partner_weight)
 
     def batch(self, step: int) -> Batch:
         """This rank's part of the global batch of 0-based `step`; the same at every call."""
-        return self.render(self.plan(step))
+        return self.render(Plan(*(None if t is None else t.to(self.device) for t in self.plan(step))))
 
 
 def evaluation_batches(

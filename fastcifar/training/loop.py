@@ -107,17 +107,18 @@ class Loop:
                 if due:
                     self._wait()
                 self.seconds += time.perf_counter() - started
-                stopped = self.step % self._ask_every == 0 and self.processes.any(stop.signal is not None)
-                save = self._due(self.recipe.save_every) or self.step == steps or stopped
+                # The same answer everywhere, whichever process the signal went to.
+                signal = self.processes.largest(stop.signal or 0) if self.step % self._ask_every == 0 else 0
+                save = self._due(self.recipe.save_every) or self.step == steps or signal > 0
                 if (due or save) and self._settle_bad_steps():
                     continue
                 if due:
                     self._row()
                 if save:
                     self._remember()
-                    self._save(last=self.step == steps or stopped)
-                if stopped and self.step < steps:
-                    raise Stopped(stop.signal or 0, self.step)
+                    self._save(last=self.step == steps or signal > 0)
+                if signal and self.step < steps:
+                    raise Stopped(signal, self.step)
 
     def _train_step(self) -> None:
         try:
@@ -199,10 +200,11 @@ class Loop:
     def _settle_bad_steps(self) -> bool:
         """Obeys --nan where steps since the last look were not finite; whether the run went back."""
         bad = int(self.task.bad_steps)
+        # In float16 each process looks at its own loss.
         if not self.processes.any(bad > self._bad):
             return False
         self._bad = bad
-        first = int(self.task.first_bad) + 1
+        first = self.processes.largest(int(self.task.first_bad)) + 1
         what = "loss or gradients were not finite"
         if self.recipe.nan == "skip":
             self.progress.message(f"skipped {bad} steps so far whose {what} (first: {first})")
@@ -244,9 +246,22 @@ class Loop:
         self.rollbacks, self.task.rate_factor = count, 0.5**count
 
     def _save(self, *, last: bool) -> None:
-        if self.folder is None or self._saved == self.step:
+        if self._saved == self.step:
             return
         tensors, state = self.task.state()
+        failure = self._write(tensors, state)
+        # Nobody leaves before the last checkpoint is there: a process that ends has torchrun end the others.
+        if last and self.processes.any(failure is not None):
+            place = "the run folder" if self.folder is None else self.folder.path / "checkpoints"
+            reason = "the first process says why" if failure is None else failure
+            raise SaveFailed(f"the last checkpoint could not be written to {place} ({reason})") from failure
+        if failure is not None:
+            self.progress.message(f"WARNING: no checkpoint at step {self.step} ({failure}); the older ones are intact")
+
+    def _write(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> OSError | None:
+        """Writes the checkpoint, in the first process only; what went wrong."""
+        if self.folder is None:
+            return None
         state |= {"config": dataclasses.asdict(self.recipe), "seconds": self.seconds, "since": list(self._since)}
         state["rollbacks"] = self.rollbacks
         self.folder.flush()
@@ -256,9 +271,8 @@ class Loop:
             checkpoint.prune(place, self.step, self.recipe.keep_last)
             self._saved = self.step
         except OSError as error:
-            if last:
-                raise SaveFailed(f"the last checkpoint could not be written to {place} ({error})") from error
-            self.progress.message(f"WARNING: no checkpoint at step {self.step} ({error}); the older ones are intact")
+            return error
+        return None
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
         """Goes on from a checkpoint.
