@@ -72,9 +72,10 @@ class Adversarial:
         self.spectral = self._spectral_group()
         self.hinge = fused.AdaptiveWeightedHinge(self.discriminator.parameters(), process_group=group)
         self.update_g, self.update_d = (
-            GuardedStep(build_optimiser(recipe, network), recipe.clip_grad, device, fp16=False)
+            GuardedStep(build_optimiser(recipe, network), network, recipe.clip_grad, device, fp16=False)
             for network in (self.generator, self.discriminator)
         )
+        self.rate_factor = 1.0
         self.sums = torch.zeros(len(AVERAGES), dtype=torch.float64, device=device)
         self.seen = 0
         self.loader = self._build_loader()
@@ -134,7 +135,7 @@ class Adversarial:
     def learning_rate(self, step: int) -> float:
         """That of a 0-based step."""
         recipe = self.recipe
-        return recipe.lr * schedule.factor(recipe.sched, step, recipe.steps, recipe.warmup_steps)
+        return recipe.lr * self.rate_factor * schedule.factor(recipe.sched, step, recipe.steps, recipe.warmup_steps)
 
     def place(self, step: int) -> None:
         """Puts what the step takes from the host where `compute` reads it."""
@@ -282,9 +283,14 @@ class Adversarial:
         return kind | self.judge.describe() | self.evaluation_row()
 
     def restart_average(self) -> None:
-        """Lets the averaged weights begin at the generator's present ones."""
+        """Takes the networks' present weights and statistics, put there from outside, for their first ones."""
         if self.ema is not None:
             self.ema.model.load_state_dict(self.generator.state_dict())
+        self._keep_buffers()
+
+    def _keep_buffers(self) -> None:
+        for _, update, _ in self._updates():
+            update.keep_buffers()
 
     def network_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of both networks and of the generator's average."""
@@ -331,6 +337,7 @@ class Adversarial:
         self._check_judge(checkpoint)
         parts = by_part(checkpoint.tensors)
         self.model.load_state_dict(parts["model"])
+        self._keep_buffers()
         if self.ema is not None:
             self.ema.model.load_state_dict(parts["ema"])
         for name, update, network in self._updates():

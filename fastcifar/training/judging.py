@@ -129,7 +129,7 @@ def classifier_features(path: str, dataset: data.ImageDataset, device: torch.dev
         ValueError: there is none, it is a GAN's, or of another number of classes.
     """
     saved = checkpoints.find(path, notify=lambda text: None)
-    config = saved.state["config"]
+    config = saved.config
     if config["model"] in models.list_models(gan=True):
         raise ValueError(f"{saved.path} holds the GAN {config['model']}; --classifier needs a classifier's run")
     network = models.create_model(config["model"], num_classes=dataset.num_classes, **config["model_options"])
