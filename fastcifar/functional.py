@@ -286,7 +286,7 @@ def augment(
         images: uint8 [N, H, W, 3], contiguous: the whole set.
         indices: int64 [B], in [0, N): the images of the batch. One out of range raises on a CPU and on a GPU gives an
             image of NaN (triton) or a device-side assertion (reference).
-        step: in [0, 2⁶³), or int64 [1] on the device, so that a captured CUDA graph can advance it.
+        step: in [0, 2⁶³), or one int64 number on the device, so that a captured CUDA graph can advance it.
         seed: in [0, 2⁶³).
         mean, std: of each channel, of values in [0, 1].
         first, count: the positions to make; by default all B.

@@ -23,7 +23,7 @@ def philox(counter: torch.Tensor, step: int | torch.Tensor, purpose: int, seed: 
 
     Args:
         counter: [n], int64, each in [0, 2³²): the position that the words belong to.
-        step: in [0, 2⁶⁴ − 1], second and third word of the generator's counter; or int64 [1], on the same device.
+        step: in [0, 2⁶⁴ − 1], second and third word of the generator's counter; or one int64 number on the device.
         purpose: in [0, 2³²), the fourth.
         seed: in [0, 2⁶⁴), the key.
 

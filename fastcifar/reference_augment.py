@@ -25,6 +25,12 @@ def normalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[list[flo
     return numpy.float32(scale).tolist(), numpy.float32(shift).tolist()
 
 
+@functools.lru_cache(maxsize=64)
+def _constants(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Kept, because a captured graph may copy nothing from the host."""
+    return torch.tensor(numbers, dtype=dtype, device=device)
+
+
 def augment(
     images: torch.Tensor,
     indices: torch.Tensor,
@@ -51,16 +57,14 @@ def augment(
     """
     batch_size, (height, width) = len(indices), images.shape[1:3]
     positions = torch.arange(first, batch_size if count is None else first + count, device=images.device)
-    scale, shift = (
-        torch.tensor(numbers, dtype=torch.promote_types(dtype, torch.float32), device=images.device)
-        for numbers in normalisation(mean, std)
-    )
+    compute = torch.promote_types(dtype, torch.float32)
+    scale, shift = (_constants(tuple(numbers), compute, images.device) for numbers in normalisation(mean, std))
 
     def render(where: torch.Tensor) -> torch.Tensor:
         """[n, H, W, 3] of the images at these positions, before mixing."""
         mirrored = None if flips is None else flips[where]
         rows, columns = _geometry(where, step, seed, crop_pad, crop_mode, random_flip, mirrored, (height, width))
-        made = _gather(images, indices[where], rows, columns, crop_mode == "zero" and crop_pad > 0).to(scale.dtype)
+        made = _gather(images, indices[where], rows, columns, crop_mode == "zero" and crop_pad > 0).to(compute)
         if color_jitter:
             made = _jitter(made / 255, color_jitter, where, step, seed) * 255
         made = torch.addcmul(shift, made, scale)
@@ -129,7 +133,7 @@ def _jitter(images: torch.Tensor, strength: float, positions: torch.Tensor, step
     """Brightness, contrast, saturation; images [n, H, W, 3] in [0, 1]."""
     factors = (1 + strength * (2 * uniform(philox(positions, step, _COLOUR, seed)) - 1)).float().to(images.dtype)
     brightness, contrast, saturation = (f[:, None, None, None] for f in factors[:3])
-    grey = torch.tensor(_GREY, dtype=images.dtype, device=images.device)
+    grey = _constants(_GREY, images.dtype, images.device)
     images = (images * brightness).clamp_(0, 1)
     mean = (images @ grey).mean((1, 2))[:, None, None, None]
     images = torch.lerp(mean, images, contrast).clamp_(0, 1)

@@ -288,8 +288,10 @@ def check_augment(
             )
     if isinstance(step, torch.Tensor):
         tensors["step"] = step
-        if step.shape != (1,) or step.dtype != torch.int64:
-            raise ValueError(f"{operator}: a step on the device must be int64 (1,), got {step.dtype} {step.shape}")
+        if step.numel() != 1 or step.dtype != torch.int64:
+            raise ValueError(
+                f"{operator}: a step on the device must be one int64 number, got {step.dtype} {tuple(step.shape)}"
+            )
     for name, value in (("step", 0 if isinstance(step, torch.Tensor) else step), ("seed", seed)):
         if not 0 <= value < 1 << 63:
             raise ValueError(f"{operator}: {name} must lie in [0, 2^63), got {value!r}")

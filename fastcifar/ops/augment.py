@@ -9,6 +9,7 @@ import torch
 from fastcifar import native
 from fastcifar.ops.batch_norm_native import DTYPES
 from fastcifar.ops.registration import on_device_of
+from fastcifar.profiling import annotated
 from fastcifar.reference_augment import beta_table, normalisation
 
 _LIBRARY = torch.library.Library("fastcifar", "FRAGMENT")
@@ -70,6 +71,7 @@ def _triton(
 _RUN = {"native": _native, "triton": _triton}
 
 
+@annotated("augment")
 def _augment(images, *arguments):
     *arguments, impl = arguments
     return _RUN[impl](images, *arguments)

@@ -153,7 +153,7 @@ def render(
     STRENGTH: tl.constexpr, CUTOUT: tl.constexpr, PAD: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     REFLECT: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the image: cropped, mirrored, coloured, normalised, cut out; `wanted` values only. NaN: no image."""
+    """A tile of the image, normalised; its `wanted` values only. NaN where there is no image."""
     image_ptr, _, exists, crop, tone, hole = picture
     place, ok = sources(crop, row, x, PAD, HEIGHT, WIDTH, REFLECT)
     ok &= wanted
