@@ -74,7 +74,7 @@ def augment(
 
     made, partners, weight = render(positions), None, None
     if mixup or cutmix:
-        others = (positions + _partner_shift(indices, step, seed)) % batch_size
+        others = (positions + partner_shift(indices, step, seed)) % batch_size
         partners = indices[others]
         words = philox(positions, step, _BOX, seed)
         if mixup:
@@ -182,7 +182,7 @@ def beta(alpha: float, word: torch.Tensor, side: torch.Tensor) -> torch.Tensor:
     return torch.where(side >> 31 == 1, 1 - value, value)
 
 
-def _partner_shift(indices: torch.Tensor, step, seed: int) -> torch.Tensor | int:
+def partner_shift(indices: torch.Tensor, step, seed: int) -> torch.Tensor | int:
     """How far along the global batch each image's partner stands; the same for all images of a step."""
     if len(indices) < 2:
         return 0

@@ -6,6 +6,7 @@ import numpy
 import pytest
 import resident_oracle as oracle
 import torch
+from distributed_case import run_ranks
 
 from fastcifar import philox, reference_augment
 from fastcifar.data import Augmentation, ResidentLoader, evaluation_batches
@@ -192,3 +193,30 @@ def test_evaluation_batches_are_in_order_and_not_augmented():
 def test_bad_options_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def sharded_batches(rank, world_size, steps):
+    """The most images that this rank keeps, and whether each sharded batch is the replicated one."""
+    settings = {"batch_size": 12, "num_classes": 10, "seed": SEED, "mean": MEAN, "std": STD}
+    kept, same = 0, []
+    for mixing in ({}, {"mixup": 0.5}, {"cutmix": 1.0}):
+        settings |= {"augmentation": Augmentation(**ALL, **mixing), "rank": rank, "world_size": world_size}
+        whole = ResidentLoader(IMAGES, LABELS, **settings)
+        part = ResidentLoader(IMAGES, LABELS, placement="sharded", **settings)
+        kept = max(kept, len(part._shard._own))
+        same += [equal(whole.batch(step), part.batch(step)) for step in steps]
+    return kept, same
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_shards_give_the_same_batches(world_size):
+    # The fourth batch of 12 lies in two epochs of 37 images.
+    for kept, same in run_ranks(sharded_batches, world_size, (0, 3, 2)):
+        assert kept <= math.ceil(37 / world_size) and all(same) and len(same) == 9
+
+
+def test_shards_need_their_processes():
+    with pytest.raises(ValueError, match="start them with torchrun"):
+        ResidentLoader(
+            IMAGES, LABELS, batch_size=12, num_classes=10, mean=MEAN, std=STD, world_size=2, placement="sharded"
+        )

@@ -7,9 +7,9 @@ from fastcifar.data.resident import Augmentation, Batch, Plan, ResidentLoader, e
 __all__ = [
     "Augmentation",
     "Batch",
+    "Plan",
     "DataError",
     "ImageDataset",
-    "Plan",
     "ResidentLoader",
     "evaluation_batches",
     "load_dataset",

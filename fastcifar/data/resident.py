@@ -10,7 +10,8 @@ import torch
 
 from fastcifar import functional, validation
 from fastcifar.data.augment import Augmentation
-from fastcifar.reference_augment import normalisation
+from fastcifar.data.shard import PLACEMENTS, ImageShard
+from fastcifar.reference_augment import normalisation, partner_shift
 
 __all__ = ["Augmentation", "Batch", "Plan", "ResidentLoader", "evaluation_batches"]
 
@@ -31,11 +32,17 @@ class Batch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Which images a global batch is made of, `indices`, int64 [B], and for alternating flips which of them are
-    mirrored, `flips`, bool [B]."""
+    """What makes a global batch: `step`, int64 [1]; `indices`, int64 [B]; for alternating flips `flips`, bool [B].
 
+    The indices are into the whole set, or into `images`, uint8 [k, H, W, 3], and `labels`, int64 [k], where these are
+    given: then only those are true that this rank's part of the batch needs.
+    """
+
+    step: torch.Tensor
     indices: torch.Tensor
     flips: torch.Tensor | None
+    images: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
 
 
 def _generator(seed: int, purpose: int, index: int) -> numpy.random.Generator:
@@ -60,9 +67,8 @@ class ResidentLoader:
         dtype: of the batches; float32, bfloat16 or float16.
         rank, world_size: this process's contiguous part of each global batch.
         impl: of the augmentations, as in `fastcifar.functional.augment`.
-
-    Attributes:
-        share: images of each batch that this rank makes.
+        placement: "replicated", the whole set in every process, or "sharded", a part of it, the images of each batch
+            being exchanged; the batches are the same.
 
     Raises:
         ValueError: shapes, sizes or ranks that do not fit.
@@ -84,6 +90,7 @@ class ResidentLoader:
         rank: int = 0,
         world_size: int = 1,
         impl: str = "auto",
+        placement: str = "replicated",
     ):
         if images.ndim != 4 or images.shape[3] != 3 or images.dtype != numpy.uint8 or len(images) != len(labels):
             raise ValueError(
@@ -102,10 +109,15 @@ class ResidentLoader:
         self.batch_size, self.seed, self.augmentation = batch_size, seed, augmentation
         self.device, self.dtype, self.impl = torch.device(device), dtype, impl
         self._count, self._mean, self._std = len(images), tuple(mean), tuple(std)
-        self._images = torch.from_numpy(numpy.ascontiguousarray(images)).to(self.device)
+        validation.choose("placement", placement, PLACEMENTS)
+        self._shard = self._images = None
+        if placement == "sharded" and world_size > 1:
+            self._shard = ImageShard(images, rank, world_size, self.device)
+        else:
+            self._images = torch.from_numpy(numpy.ascontiguousarray(images)).to(self.device)
         self._labels = torch.from_numpy(labels).to(self.device)
-        self.share = batch_size // world_size
-        self._first = rank * self.share
+        share = batch_size // world_size
+        self._positions = rank * share, share  # the first, and how many
         halves = _generator(seed, _FLIP_HALF, 0).integers(0, 2, self._count, dtype=numpy.int64)
         self._flip_half = halves if augmentation.hflip == "alternating" else None
         self._orders: dict[int, numpy.ndarray] = {}
@@ -138,27 +150,43 @@ class ResidentLoader:
     def plan(self, step: int) -> Plan:
         """What the batch of 0-based `step` is made of, on the host."""
         indices, epochs = self._indices(step, numpy.arange(self.batch_size))
-        mirrored = None if self._flip_half is None else torch.from_numpy((self._flip_half[indices] + epochs) % 2 == 1)
-        return Plan(torch.from_numpy(indices), mirrored)
+        flips = None
+        if self._flip_half is not None:
+            flips = torch.from_numpy((self._flip_half[indices] + epochs) % 2 == 1)
+        plan = Plan(torch.tensor([step]), torch.from_numpy(indices), flips)
+        return plan if self._shard is None else self._with_images(plan, step)
 
-    def render(self, step: int | torch.Tensor, indices: torch.Tensor, flips: torch.Tensor | None = None) -> Batch:
-        """This rank's part of a planned batch; tensors on the device.
+    def _with_images(self, plan: Plan, step: int) -> Plan:
+        """The plan with the images of this rank's part and of their partners, from where they lie."""
+        first, count = self._positions
+        needed = numpy.arange(self.batch_size).reshape(-1, count)  # [ranks, count]
+        if self.augmentation.mixup or self.augmentation.cutmix:
+            ahead = int(partner_shift(plan.indices, plan.step, self.seed))
+            needed = numpy.concatenate([needed, (needed + ahead) % self.batch_size], 1)
+        wanted = plan.indices.numpy()[needed]
+        places = numpy.zeros(self.batch_size, numpy.int64)
+        places[needed[first // count]] = numpy.arange(needed.shape[1])
+        own = torch.from_numpy(wanted[first // count]).to(self.device)
+        return plan._replace(
+            indices=torch.from_numpy(places), images=self._shard.fetch(list(wanted)), labels=self._labels[own]
+        )
 
-        Nothing here waits for the device or depends on anything else, so that a captured graph can be given new
-        numbers by copying into these tensors; `step` may be one int64 number on the device too.
-        """
+    def render(self, plan: Plan) -> Batch:
+        """The batch of a plan on the device. Nothing here waits for the device or depends on anything but the plan's
+        tensors, so that a captured graph can be given new ones by copying into them."""
+        first, count = self._positions
+        source, labels = (self._images, self._labels) if plan.images is None else (plan.images, plan.labels)
         images, partners, partner_weight = functional.augment(
-            self._images, indices, step=step, seed=self.seed, mean=self._mean, std=self._std, first=self._first,
-            count=self.share, flips=flips, random_flip=self.augmentation.hflip == "random", dtype=self.dtype,
+            source, plan.indices, step=plan.step, seed=self.seed, mean=self._mean, std=self._std, first=first,
+            count=count, flips=plan.flips, random_flip=self.augmentation.hflip == "random", dtype=self.dtype,
             impl=self.impl, **self.augmentation.options,
         )  # fmt: skip
-        labels = self._labels[indices[self._first : self._first + self.share]]
-        return Batch(images, labels, None if partners is None else self._labels[partners], partner_weight)
+        partner_labels = None if partners is None else labels[partners]
+        return Batch(images, labels[plan.indices[first : first + count]], partner_labels, partner_weight)
 
     def batch(self, step: int) -> Batch:
         """This rank's part of the global batch of 0-based `step`; the same at every call."""
-        planned = (None if tensor is None else tensor.to(self.device) for tensor in self.plan(step))
-        return self.render(step, *planned)
+        return self.render(Plan(*(None if t is None else t.to(self.device) for t in self.plan(step))))
 
 
 def evaluation_batches(

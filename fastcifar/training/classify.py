@@ -82,17 +82,17 @@ class Classification:
         self.ema = WeightAverage(self.model, recipe.model_ema_decay) if recipe.model_ema_decay else None
         self.optimiser = build_optimiser(recipe, self.model)
         fp16 = self.amp_dtype == torch.float16
-        self.update = GuardedStep(self.optimiser, recipe.clip_grad, device, fp16)
+        self.update = GuardedStep(self.optimiser, self.model, recipe.clip_grad, device, fp16)
+        self.rate_factor = 1.0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.seen = 0
         self._has_dropout = any(isinstance(m, nn.modules.dropout._DropoutNd) for m in self.model.modules())
         self._forward: Any = self.model
+        self._unshared: list[torch.Tensor] = []
         if processes.world_size > 1:
-            distributed.synchronise_statistics(self.model)
-            self._forward = nn.parallel.DistributedDataParallel(
-                self.model, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self._unshared = distributed.share_statistics(self.model, synchronise=recipe.sync_bn)
+            self._forward = distributed.data_parallel(self.model)
         if recipe.compile:
             self._forward = torch.compile(self._forward)
         self.loader = self._build_loader()
@@ -122,9 +122,10 @@ class Classification:
             std=dataset.std,
             device=self.device,
             dtype=self.amp_dtype,
+            impl=recipe.impl,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
-            impl=recipe.impl,
+            placement=recipe.data_placement,
         )
 
     @property
@@ -144,7 +145,7 @@ class Classification:
     def learning_rate(self, step: int) -> float:
         """That of a 0-based step."""
         recipe = self.recipe
-        return recipe.lr * schedule.factor(recipe.sched, step, recipe.steps, recipe.warmup_steps)
+        return recipe.lr * self.rate_factor * schedule.factor(recipe.sched, step, recipe.steps, recipe.warmup_steps)
 
     def train_step(self, step: int) -> None:
         """Trains on the global batch of this 0-based step."""
@@ -155,33 +156,33 @@ class Classification:
 
     def place(self, step: int) -> None:
         """Puts what the step takes from the host where `compute` reads it."""
-        for name, value in self.loader.plan(step)._asdict().items():
-            if value is not None:
-                self.feed.put(name, value)
+        self.feed.put_all("plan", self.loader.plan(step))
         self.feed.number("step", step)
         self.feed.number("rate", self.learning_rate(step))
         if self.ema is not None:
             self.feed.number("share", self.ema.share(step))
         if self._has_dropout:
             torch.manual_seed((self.recipe.seed * 1_000_003 + step) * 4_096 + self.processes.rank)
-        self.seen += self.loader.share
+        self.seen += self.recipe.batch_size // self.processes.world_size
 
     def compute(self) -> None:
         """The step's work on the device."""
-        feed, amp = self.feed, self.amp_dtype != torch.float32
+        feed = self.feed
         with annotate("augment"):
-            flips = feed["flips"] if self.recipe.hflip == "alternating" else None
-            batch = self.loader.render(feed["step"], feed["indices"], flips)
+            batch = self.loader.render(feed.take("plan", data.Plan))
+        labels = batch.labels
+        amp = self.amp_dtype != torch.float32
         with annotate("forward"), torch.autocast(self.device.type, self.amp_dtype, enabled=amp, cache_enabled=True):
             logits = self._forward(batch.images)
         with annotate("loss"):
             loss = self._loss(logits.float(), batch)
         self.update(loss, feed["step"], feed["rate"])
+        self.processes.average(self._unshared)
         if self.ema is not None:
             with annotate("average"):
                 self.ema.update(feed["share"])
-        self.loss_sum += loss.detach() * len(batch.labels)
-        self.correct += (logits.detach().argmax(1) == batch.labels).sum()
+        self.loss_sum += loss.detach() * len(labels)
+        self.correct += (logits.detach().argmax(1) == labels).sum()
 
     def _loss(self, logits: torch.Tensor, batch: data.Batch) -> torch.Tensor:
         smoothing = self.recipe.label_smoothing
@@ -200,9 +201,10 @@ class Classification:
         return None
 
     def restart_average(self) -> None:
-        """Lets the averaged weights begin at the network's present ones."""
+        """Takes the network's present weights and statistics, put there from outside, for its first ones."""
         if self.ema is not None:
             self.ema.model.load_state_dict(self.model.state_dict())
+        self.update.keep_buffers()
 
     def take_averages(self) -> dict[str, float]:
         """Mean loss and accuracy (percent) over the batches since the last call, of all processes."""
@@ -253,10 +255,11 @@ class Classification:
         return tensors
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """All that the next steps depend on: tensors by name, and JSON values."""
+        """All that the next steps depend on: tensors by name, and JSON values. All processes ask together."""
         tensors = self.network_tensors()
         tensors |= optimiser_tensors(self.optimiser, self.model, "optimiser")
-        tensors |= {"progress.loss_sum": self.loss_sum, "progress.correct": self.correct}
+        for name, own in (("loss_sum", self.loss_sum), ("correct", self.correct)):
+            tensors[f"progress.{name}"] = self.processes.gather(own)
         tensors |= {"progress.bad_steps": self.update.bad_steps, "progress.first_bad": self.update.first_bad}
         scaler = self.update.scaler.state_dict() if self.update.scaler else None
         return tensors, {"seen": self.seen, "scaler": scaler}
@@ -274,15 +277,16 @@ class Classification:
             raise CheckpointError(f"{checkpoint.path} lacks {missing[0]!r}; it is of another recipe")
         parts = by_part(tensors)
         self.model.load_state_dict(parts["model"])
+        self.update.keep_buffers()
         if self.ema is not None:
             self.ema.model.load_state_dict(parts["ema"])
         load_optimiser(self.optimiser, self.model, parts.get("optimiser", {}))
         progress = parts["progress"]
-        self.loss_sum.copy_(progress["loss_sum"])
-        self.correct.copy_(progress["correct"])
+        same = self.processes.take_own(self.loss_sum, progress["loss_sum"])
+        self.processes.take_own(self.correct, progress["correct"])
         self.update.bad_steps.copy_(progress["bad_steps"])
         self.update.first_bad.copy_(progress["first_bad"])
-        self.seen = checkpoint.state["seen"]
+        self.seen = checkpoint.state["seen"] if same else 0
         if self.update.scaler:
             self.update.scaler.load_state_dict(checkpoint.state["scaler"])
         if self.graph is not None:
