@@ -55,20 +55,21 @@ def test_a_captured_loader_advances_on_the_device(mixing, impl):
     loader = ResidentLoader(
         images, labels, batch_size=12, num_classes=10, augmentation=augmentation, device="cuda", impl=impl, **DRAWS
     )
-    step = torch.zeros(1, dtype=torch.int64, device="cuda")
-    static = [tensor.cuda() for tensor in loader.plan(0)]
+    first = loader.plan(0)
+    static = first._replace(step=first.step.cuda(), indices=first.indices.cuda(), flips=first.flips.cuda())
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        loader.render(step, *static)
+        loader.render(static)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        batch = loader.render(step, *static)
-        step += 1
+        batch = loader.render(static)
+        static.step.add_(1)
     for number in range(4):
-        for tensor, planned in zip(static, loader.plan(number), strict=True):
-            tensor.copy_(planned)
+        planned = loader.plan(number)
+        static.indices.copy_(planned.indices)
+        static.flips.copy_(planned.flips)
         graph.replay()
         assert same(batch, loader.batch(number))
 
