@@ -210,6 +210,6 @@ def test_the_files_and_tests_that_the_gpu_script_names_exist():
     files = [
         part for name in ("bench_steps", "bench_operators") for part in stages[name].split() if part.endswith(".py")
     ]
-    assert len(files) == 5 and all((ROOT / file).is_file() for file in files)
+    assert len(files) == 6 and all((ROOT / file).is_file() for file in files)
     assert all(" -m gpu " in stages[name] for name in ("tests", "memcheck")) and " -k memcheck " in stages["memcheck"]
     assert any("memcheck(" in path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*_gpu.py"))
