@@ -98,12 +98,22 @@ def local_task(name, sources, rank=0, world_size=1, half=None):
     options = {**TASKS[name], **LOCAL} if name == "classifier" else {**TASKS[name], "n_dis": 1}
     task = make(dataset_of(name, sources), rank, world_size, sync_bn=False, **options)
     if half is not None:
-        task.processes = distributed.Processes(half, 2, half)
-        task.loader = task._build_loader()
-        task.processes = distributed.Processes()
-        if name != "classifier":
-            task._draw = lambda turn, draw=task._draw: draw(turn).part(8 * half, 8 * half + 8)
+        task.loader = as_half(task, half, task._build_loader)()
+        task.place = as_half(task, half, task.place)
     return task
+
+
+def as_half(task, half, function):
+    """The function of a single process's task as rank `half` of two would run it."""
+
+    def call(*arguments):
+        task.processes = distributed.Processes(half, 2, half)
+        try:
+            return function(*arguments)
+        finally:
+            task.processes = distributed.Processes()
+
+    return call
 
 
 @pytest.fixture(scope="module")

@@ -34,13 +34,13 @@ class Batch(NamedTuple):
 class Plan(NamedTuple):
     """What makes a global batch: `step`, int64 [1]; `indices`, int64 [B]; for alternating flips `flips`, bool [B].
 
-    Where the images are shared out over processes, also those that this one needs, `images` uint8 [n, H, W, 3] and
-    `labels` int64 [n], which the indices of its positions then point into.
+    The indices are into the whole set, or into `images`, uint8 [k, H, W, 3], and `labels`, int64 [k], where these are
+    given: then only those are true that this rank's part of the batch needs.
     """
 
     step: torch.Tensor
     indices: torch.Tensor
-    flips: torch.Tensor | None = None
+    flips: torch.Tensor | None
     images: torch.Tensor | None = None
     labels: torch.Tensor | None = None
 
@@ -110,7 +110,7 @@ class ResidentLoader:
         self.device, self.dtype, self.impl = torch.device(device), dtype, impl
         self._count, self._mean, self._std = len(images), tuple(mean), tuple(std)
         validation.choose("placement", placement, PLACEMENTS)
-        self._shard = None
+        self._shard = self._images = None
         if placement == "sharded" and world_size > 1:
             self._shard = ImageShard(images, rank, world_size, self.device)
         else:
@@ -148,42 +148,41 @@ class ResidentLoader:
         return indices, epochs
 
     def plan(self, step: int) -> Plan:
-        """What the batch of 0-based `step` is made of, on the host; exchanged images on the device."""
+        """What the batch of 0-based `step` is made of, on the host."""
         indices, epochs = self._indices(step, numpy.arange(self.batch_size))
         flips = None
         if self._flip_half is not None:
             flips = torch.from_numpy((self._flip_half[indices] + epochs) % 2 == 1)
         plan = Plan(torch.tensor([step]), torch.from_numpy(indices), flips)
-        return plan if self._shard is None else self._fetched(plan, step, indices)
+        return plan if self._shard is None else self._with_images(plan, step)
 
-    def _fetched(self, plan: Plan, step: int, indices: numpy.ndarray) -> Plan:
-        """With the images of this process's positions, and of their partners', in place of all of them."""
+    def _with_images(self, plan: Plan, step: int) -> Plan:
+        """The plan with the images of this rank's part and of their partners, from where they lie."""
         first, count = self._positions
-        positions = numpy.arange(self.batch_size).reshape(-1, count)  # a row for each process
+        needed = numpy.arange(self.batch_size).reshape(-1, count)  # [ranks, count]
         if self.augmentation.mixup or self.augmentation.cutmix:
-            ahead = int(partner_shift(plan.indices, step, self.seed))
-            positions = numpy.concatenate([positions, (positions + ahead) % self.batch_size], axis=1)
-        wanted = indices[positions]
-        own = positions[first // count]
-        places = numpy.zeros_like(indices)
-        places[own] = numpy.arange(len(own))
-        images = self._shard.fetch(list(wanted))
-        labels = self._labels[torch.from_numpy(indices[own]).to(self.device)]
-        return plan._replace(indices=torch.from_numpy(places), images=images, labels=labels)
+            ahead = int(partner_shift(plan.indices, plan.step, self.seed))
+            needed = numpy.concatenate([needed, (needed + ahead) % self.batch_size], 1)
+        wanted = plan.indices.numpy()[needed]
+        places = numpy.zeros(self.batch_size, numpy.int64)
+        places[needed[first // count]] = numpy.arange(needed.shape[1])
+        own = torch.from_numpy(wanted[first // count]).to(self.device)
+        return plan._replace(
+            indices=torch.from_numpy(places), images=self._shard.fetch(list(wanted)), labels=self._labels[own]
+        )
 
     def render(self, plan: Plan) -> Batch:
         """The batch of a plan on the device. Nothing here waits for the device or depends on anything but the plan's
         tensors, so that a captured graph can be given new ones by copying into them."""
         first, count = self._positions
-        source = self._images if plan.images is None else plan.images
-        labels = self._labels if plan.labels is None else plan.labels
+        source, labels = (self._images, self._labels) if plan.images is None else (plan.images, plan.labels)
         images, partners, partner_weight = functional.augment(
             source, plan.indices, step=plan.step, seed=self.seed, mean=self._mean, std=self._std, first=first,
             count=count, flips=plan.flips, random_flip=self.augmentation.hflip == "random", dtype=self.dtype,
             impl=self.impl, **self.augmentation.options,
         )  # fmt: skip
-        own = labels[plan.indices[first : first + count]]
-        return Batch(images, own, None if partners is None else labels[partners], partner_weight)
+        partner_labels = None if partners is None else labels[partners]
+        return Batch(images, labels[plan.indices[first : first + count]], partner_labels, partner_weight)
 
     def batch(self, step: int) -> Batch:
         """This rank's part of the global batch of 0-based `step`; the same at every call."""

@@ -313,17 +313,6 @@ class Adversarial:
     def _updates(self) -> list[tuple[str, GuardedStep, nn.Module]]:
         return [("g", self.update_g, self.generator), ("d", self.update_d, self.discriminator)]
 
-    def _check_judge(self, checkpoint: Checkpoint) -> None:
-        """Figures of one run must be of one network, or they cannot be compared."""
-        before = checkpoint.state.get("extractor_sha256")
-        if self.judge is None or before is None or self.recipe.eval_only:
-            return
-        if before != (now := self.judge.extractor.digest):
-            raise CheckpointError(
-                f"{checkpoint.path}: its samples were judged by a network of SHA-256 {before[:12]}…, that of "
-                f"--classifier {self.recipe.classifier} is {now[:12]}…; pass the same one, or none"
-            )
-
     def load_state(self, checkpoint: Checkpoint) -> None:
         """Takes over everything of a checkpoint of the same recipe.
 
@@ -334,7 +323,8 @@ class Adversarial:
         missing = sorted(name for name in expected if name not in checkpoint.tensors)
         if missing:
             raise CheckpointError(f"{checkpoint.path} lacks {missing[0]!r}; it is of another recipe")
-        self._check_judge(checkpoint)
+        if self.judge is not None and not self.recipe.eval_only:
+            self.judge.check_same(checkpoint)
         parts = by_part(checkpoint.tensors)
         self.model.load_state_dict(parts["model"])
         self._keep_buffers()

@@ -44,6 +44,19 @@ class Judge:
             "resize": self.extractor.resize,
         }
 
+    def check_same(self, checkpoint: checkpoints.Checkpoint) -> None:
+        """Figures of one run must be of one network, or they cannot be compared.
+
+        Raises:
+            CheckpointError: the run's samples were judged by another network so far.
+        """
+        before, now = checkpoint.state.get("extractor_sha256"), self.extractor.digest
+        if before is not None and before != now:
+            raise checkpoints.CheckpointError(
+                f"{checkpoint.path}: its samples were judged by a network of SHA-256 {before[:12]}…, that of "
+                f"--classifier is {now[:12]}…; pass the same one, or none"
+            )
+
     def warnings(self) -> list[str]:
         """What makes the figures worse than the generator is."""
         few = min(self.count, self.reference.statistics.count)
