@@ -85,7 +85,7 @@ class Launcher:
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["fastcifar.train", "torch._inductor", "benchmarks.kills"])
+        self.context.set_forkserver_preload(["fastcifar.train", "torch._inductor"])
         warm_up = self.context.Process(target=int)
         warm_up.start()
         warm_up.join()

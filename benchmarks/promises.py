@@ -79,7 +79,7 @@ PROMISES = (
         "{tests} cases with 2 and 4 processes",
     ),
     Promise(
-        "A loss or gradient that is not finite changes neither weights nor statistics; `--nan stop`, `skip`, `rollback`",
+        "A loss or gradient that is not finite changes neither weights nor statistics (`--nan stop, skip, rollback`)",
         (
             "test_interruption.py::test_a_bad_step_changes_neither_weights_nor_statistics",
             "test_interruption.py::test_rollback_goes_back_with_half_the_rate",

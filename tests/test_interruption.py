@@ -207,7 +207,7 @@ def test_nothing_fits(run, monkeypatch, capsys):
 
     monkeypatch.setattr(task, "train_step", refuse)
     assert status_of([*arguments, "--output", "run"]) == 5
-    assert "not even --batch-size 1 fits" in capsys.readouterr().err
+    assert "no half, quarter, … of it fits" in capsys.readouterr().err
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(run, monkeypatch):
