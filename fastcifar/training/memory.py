@@ -17,7 +17,7 @@ from fastcifar.training.options import Recipe
 
 # The last is oneDNN's, whose layers need scratch memory.
 _MESSAGES = re.compile(
-    r"out of memory|not enough memory|can't allocate|cannot allocate|ALLOC_FAILED|bad_alloc|could not create a primitive",
+    r"(out of|not enough) memory|(can't|cannot) allocate|ALLOC_FAILED|bad_alloc|could not create a primitive",
     re.IGNORECASE,
 )
 
