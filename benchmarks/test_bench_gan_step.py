@@ -1,6 +1,7 @@
 """A whole step of aw_sngan, discriminator and generator, beside the same step written plainly."""
 
 import copy
+import itertools
 import statistics
 
 import numpy
@@ -95,7 +96,7 @@ def test_step_of_aw_sngan(keep, smoke, effort):
     amp, batch = environment.choose_amp_dtype("auto", DEVICE), 4 if smoke else 64
     calls = {}
     for dtype in dict.fromkeys((amp, "fp32")):
-        task, number = our_task(batch, dtype), iter(range(10_000))
+        task, number = our_task(batch, dtype), itertools.count()
         check(task.model, dtype)
         calls[f"ours, {dtype}"] = lambda task=task, number=number: task.train_step(next(number))
         # Compiling takes longer than all else.
