@@ -85,6 +85,7 @@ PROMISES = (
             "test_interruption.py::test_rollback_goes_back_with_half_the_rate",
             "test_interruption.py::test_rollback_gives_up",
             "test_interruption.py::test_a_resumed_run_remembers_its_rollbacks",
+            "test_interruption.py::test_all_processes_go_back_together",
         ),
         "{tests} cases",
     ),

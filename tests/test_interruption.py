@@ -1,16 +1,19 @@
 """What a person, a scheduler or the arithmetic throws at a run: signals, losses that are not finite, full memory."""
 
+import contextlib
 import json
 import os
 import pathlib
 import signal
+from unittest import mock
 
 import pytest
 import torch
+from distributed_case import run_ranks
 from training_case import result_of, status_of, write_tiny
 
 from fastcifar import train
-from fastcifar.training import adversarial, checkpoint, classify, loop, memory
+from fastcifar.training import adversarial, checkpoint, classify, distributed, loop, memory
 
 COMMON = ["--amp-dtype", "fp32", "--device", "cpu", "--steps", "12", "--save-every", "4", "--eval-every", "0"]
 CLASSIFIER = ["--model-option", "width=0.05", "-b", "16", "--lr", "0.1", "--dataset", "npz:tiny.npz", *COMMON]
@@ -167,6 +170,31 @@ def test_a_resumed_run_remembers_its_rollbacks(run, monkeypatch, capsys):
     assert status_of(["--resume", "parts"]) == 0
     result = result_of(capsys)
     assert (result["state_sha256"], result["rollbacks"]) == (whole["state_sha256"], 1)
+
+
+def _roll_back(rank, world_size, source, folder):
+    broken, original = [], classify.Classification.train_step
+
+    def train_step(self, step):
+        if step == 6 and rank == 1 and not broken:
+            broken.append(True)
+            break_next_step(self)
+        original(self, step)
+
+    names = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    patches = [mock.patch.dict(os.environ, names), mock.patch.object(distributed, "leave", lambda: None)]
+    patches.append(mock.patch.object(classify.Classification, "train_step", train_step))
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        return status_of([*CLASSIFIER, "--dataset", source, "--nan", "rollback", "--output", folder])
+
+
+def test_all_processes_go_back_together(tmp_path):
+    source = write_tiny(tmp_path / "tiny.npz")
+    assert run_ranks(_roll_back, 2, source, tmp_path / "run") == [0, 0]
+    assert json.loads((tmp_path / "run/result.json").read_text())["rollbacks"] == 1
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 13))
 
 
 CPU_REFUSES = "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"
