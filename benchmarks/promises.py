@@ -43,7 +43,7 @@ PROMISES = (
     Promise(
         "So is one that was killed at random moments, again and again (SIGKILL, `--resume auto`)",
         ("test_kills.py",),
-        "{kill_count} kills of {run_count} runs, {inside} of them inside a save: 0 of {tensor_bytes} bytes lost",
+        "{kill_count} kills of {run_count} runs, {inside} of them inside a save: {bytes_lost} of {tensor_bytes} bytes lost",
     ),
     Promise(
         "A checkpoint is complete or absent",
@@ -129,14 +129,17 @@ PROMISES = (
 def run_tests(report: pathlib.Path) -> list[dict[str, Any]]:
     """Runs the files of all promises; each test's file, function, outcome and recorded properties."""
     files = sorted({f"tests/{test.partition('::')[0]}" for promise in PROMISES for test in promise.tests})
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "junit_family=xunit1"]
+    command += [f"--junitxml={report}", *files]
     subprocess.run(command, cwd=ROOT, check=False, stdin=subprocess.DEVNULL)
     found = []
     for case in tree.parse(report).getroot().iter("testcase"):
         outcome = next((kind for kind in ("failure", "error", "skipped") if case.find(kind) is not None), "passed")
-        properties = {p.get("name"): float(p.get("value")) for p in case.iter("property")}
+        properties: collections.Counter[str] = collections.Counter()
+        for recorded in case.iter("property"):
+            properties[recorded.get("name")] += float(recorded.get("value"))
         name = f"{case.get('classname', '').rpartition('.')[2]}.py::{case.get('name', '').partition('[')[0]}"
-        found.append({"test": name, "outcome": outcome, "properties": properties})
+        found.append({"test": name, "outcome": outcome, "properties": dict(properties)})
     return found
 
 
@@ -156,7 +159,7 @@ def summary(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def figures(row: Mapping[str, Any], kills: Mapping[str, Any], cases: Mapping[str, int]) -> dict[str, Any]:
     """What a promise's figure may name."""
     killed = kills["rows"]
-    recorded = {name.replace(" ", "_"): round(value) for name, value in row["recorded"].items()}
+    recorded = {name.replace(" ", "_"): f"{round(value):,}" for name, value in row["recorded"].items()}
     return {
         **recorded,
         "tests": row["outcomes"].get("passed", 0),
@@ -164,8 +167,9 @@ def figures(row: Mapping[str, Any], kills: Mapping[str, Any], cases: Mapping[str
         "kill_count": sum(kind["kills"] for kind in killed),
         "run_count": sum(kind["runs"] for kind in killed),
         "inside": sum(kind["inside a save"] for kind in killed),
+        "bytes_lost": sum(kind["bytes lost"] for kind in killed),
         "tensor_bytes": f"{sum(kind['bytes compared'] for kind in killed):,}",
-        "rows": sum(kind["rows compared"] for kind in killed),
+        "rows": f"{sum(kind['rows compared'] for kind in killed):,}",
         "rows_lost": sum(kind["rows lost"] for kind in killed),
         **cases,
     }
