@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from fastcifar import validation
-from fastcifar.training import memory
 
 USAGE_ERROR, OUT_OF_MEMORY = 2, 5
 _LONGEST_MESSAGE = 1000
@@ -68,6 +67,8 @@ def run(name: str, main: Callable[[Sequence[str]], int], arguments: Sequence[str
     try:
         status = main(arguments)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        from fastcifar.training import memory
+
         lacks_memory = memory.is_out_of_memory(error)
         if "--debug" in arguments or not (lacks_memory or isinstance(error, (ValueError, OSError))):
             raise

@@ -225,7 +225,8 @@ def _report(
             missing = draw_curves(folder.rows, folder.path / "curves.png", title)
             if missing:
                 progress.message(missing)
-        run_folder.write_json(folder.path / "result.json", result)
+        if not (task.recipe.eval_only and (folder.path / "result.json").exists()):
+            run_folder.write_json(folder.path / "result.json", result)
     except OSError as failure:
         _complain(f"the result could not be written to {folder.path} ({failure}); it is printed here only")
         status = _SAVE_FAILED
@@ -263,7 +264,7 @@ def main(arguments: Sequence[str]) -> int:
             task.restart_average()
         if parsed.dry_run:
             return _dry_run(chosen, task)
-        folder = run_folder.RunFolder(place, saved.step if saved else 0, columns) if processes.is_first else None
+        folder = run_folder.RunFolder(place, None, columns) if processes.is_first else None
         progress = reporter(chosen.steps, folder.log if folder is not None else None)
         for notice in (*dataset.notices, task.graph_notice):
             if notice:
@@ -271,7 +272,9 @@ def main(arguments: Sequence[str]) -> int:
         train_loop = loop.Loop(task, folder, progress, processes)
         if saved is not None:
             train_loop.resume(saved)
-        if folder is not None:
+        # An evaluation leaves the run that it looks at as it is.
+        if folder is not None and not (chosen.eval_only and saved):
+            folder.rewind(train_loop.step)
             settings["startup_seconds"] = round(time.perf_counter() - _STARTED, 2)
             config = dataclasses.asdict(chosen)
             folder.describe(config, environment.describe(device, settings))

@@ -140,6 +140,27 @@ def test_first_weights_and_evaluation_only(source, capsys):
     assert not os.path.exists("again/checkpoints")
 
 
+def test_evaluating_an_older_checkpoint_leaves_the_run_as_it_is(source, tmp_path, capsys):
+    assert status_of(start(source, "--steps", 12, "--save-every", 5, "--output", "run")) == 0
+    names = ("metrics.jsonl", "metrics.csv", "config.yaml", "env.json", "result.json", "curves.png")
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in names if (tmp_path / "run" / name).exists()}
+    assert status_of(["--resume", "run/checkpoints/step-00000010", "--eval-only"]) == 0
+    assert result_of(capsys)["steps"] == 10
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before
+
+
+def test_a_checkpoint_that_does_not_fit_costs_no_row(source, tmp_path, monkeypatch, capsys):
+    assert status_of(start(source, "--steps", 6, "--save-every", 5, "--output", "run")) == 0
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    saved = checkpoint.load(tmp_path / "run/checkpoints/step-00000005")
+    saved.tensors.popitem()
+    checkpoint.save(tmp_path / "run/checkpoints", 5, saved.tensors, saved.state)
+    capsys.readouterr()
+    assert status_of(["--resume", "run/checkpoints/step-00000005"]) == 2
+    assert "lacks" in capsys.readouterr().err
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
 def test_dry_run_shows_all_and_writes_nothing(source, tmp_path, capsys):
     assert status_of(start(source, "-n", "--epochs", 3)) == 0
     shown = capsys.readouterr().out
