@@ -17,10 +17,11 @@ _STARTED = time.perf_counter()
 import torch  # noqa: E402
 
 from fastcifar import command_line, data, models  # noqa: E402
-from fastcifar.training import checkpoint, distributed, environment, loop, recipe, run_folder, trackers  # noqa: E402
+from fastcifar.training import checkpoint, distributed, environment, loop, recipe, run_folder, trackers, transfer  # noqa: E402
 from fastcifar.training.adversarial import Adversarial  # noqa: E402
-from fastcifar.training.classify import Classification, load_weights  # noqa: E402
+from fastcifar.training.classify import Classification  # noqa: E402
 from fastcifar.training.curves import draw_curves  # noqa: E402
+from fastcifar.training.networks import load_weights  # noqa: E402
 from fastcifar.training.options import Recipe, flag, options  # noqa: E402
 from fastcifar.training.progress import format_duration, reporter  # noqa: E402
 
@@ -139,21 +140,38 @@ def _check(chosen: Recipe) -> None:
     trackers.check(chosen)
 
 
+def _backbone(chosen: Recipe) -> dict[str, torch.Tensor] | None:
+    return transfer.read_backbone(chosen.backbone, chosen.model) if chosen.backbone not in (None, "none") else None
+
+
 def _dry_run(chosen: Recipe, task: Classification | Adversarial) -> int:
     shown = {key: value for key, value in dataclasses.asdict(chosen).items() if value is not None}
     for key, value in shown.items():
         print(f"{key}: {json.dumps(value)}")
     print(f"parameters: {models.count_parameters(task.model)}")
+    seconds, by_kind = 0.0, {}
+    for phase in transfer.phases(chosen.phases, chosen.steps):
+        if phase.frozen not in by_kind:
+            by_kind[phase.frozen] = _step_seconds(task, phase.start)
+        seconds += by_kind[phase.frozen] * (phase.stop - phase.start)
+        if chosen.phases and phase.stop > phase.start:
+            kind = ", the head alone" if phase.frozen else ""
+            print(f"steps {phase.start + 1} to {phase.stop}: learning rate × {phase.factor:g}{kind}")
+    per_step = f"{1000 * seconds / chosen.steps:.1f} ms a step on {task.device}"
+    print(f"estimated time: {format_duration(seconds)} ({per_step})")
+    return 0
+
+
+def _step_seconds(task: Classification | Adversarial, first: int) -> float:
+    """Median time of some steps from this one on."""
     times: list[float] = []
     while len(times) < 2 or (len(times) < 8 and sum(times) < 10.0):
         started = time.perf_counter()
-        task.train_step(len(times))
+        task.train_step(first + len(times))
         if task.device.type == "cuda":
             torch.cuda.synchronize(task.device)
         times.append(time.perf_counter() - started)
-    step = sorted(times[1:])[len(times[1:]) // 2]
-    print(f"estimated time: {format_duration(step * chosen.steps)} ({1000 * step:.1f} ms a step on {task.device})")
-    return 0
+    return sorted(times[1:])[len(times[1:]) // 2]
 
 
 def _result(task: Classification | Adversarial, train_loop: loop.Loop, started_at: int) -> dict[str, Any]:
@@ -222,6 +240,7 @@ def main(arguments: Sequence[str]) -> int:
     device = environment.choose_device(chosen.device, processes.local_rank)
     place = _place(chosen, saved)
     source = checkpoint.find(chosen.init_weights, notify=print) if chosen.init_weights else None
+    backbone = _backbone(chosen) if saved is None else None
     settings = environment.prepare_process(device, deterministic=chosen.deterministic)
     dataset = data.load_dataset(chosen.dataset, chosen.data_dir, download=not parsed.dry_run, seed=0)
     chosen = recipe.with_budget(chosen, len(dataset.train_images))
@@ -232,6 +251,9 @@ def main(arguments: Sequence[str]) -> int:
         task = (Adversarial if gan else Classification)(chosen, dataset, device, processes)
         if source is not None:
             load_weights(task.model, source)
+            task.restart_average()
+        if backbone is not None:
+            transfer.load_backbone(task.model, backbone, chosen.backbone)
             task.restart_average()
         if parsed.dry_run:
             return _dry_run(chosen, task)

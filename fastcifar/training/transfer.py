@@ -14,6 +14,7 @@ from fastcifar.data.tensors import read_tensors
 from fastcifar.models.xception import published_weights
 from fastcifar.training import checkpoint
 from fastcifar.training.checkpoint import CheckpointError
+from fastcifar.training.networks import network_of
 
 PUBLISHED = "imagenet"
 
@@ -91,9 +92,7 @@ def read_backbone(source: str, model: str) -> dict[str, torch.Tensor]:
             raise ValueError(f"{error}, or give a copy of the file: --backbone FILE") from error
     if path.is_file():
         return read_tensors(path.read_bytes(), str(path))
-    saved = checkpoint.find(path, notify=print)
-    prefix = "ema." if any(name.startswith("ema.") for name in saved.tensors) else "model."
-    return {name.removeprefix(prefix): t for name, t in saved.tensors.items() if name.startswith(prefix)}
+    return network_of(checkpoint.find(path, notify=print))
 
 
 def load_backbone(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
