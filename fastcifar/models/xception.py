@@ -50,7 +50,10 @@ class Xception(nn.Module):
         self.size = size
         self.backbone = _timm().create_model(NAME, num_classes=0)
         self.head = nn.Sequential(
-            nn.Linear(self.backbone.num_features, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, num_classes)
+            nn.Linear(self.backbone.num_features, hidden),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, num_classes),
         )
         self.register_buffer("scale", torch.ones(3, 1, 1), persistent=False)
         self.register_buffer("shift", torch.zeros(3, 1, 1), persistent=False)

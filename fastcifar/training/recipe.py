@@ -237,5 +237,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 _WITHOUT_CONSEQUENCE = frozenset(
     "data_dir preset device impl compile cuda_graph nvtx profile deterministic output resume init_weights save_every "
-    "keep_last backbone teacher eval_every eval_only tta nan tensorboard wandb classifier metrics metric_samples".split()
+    "keep_last backbone teacher eval_every eval_only tta nan tensorboard wandb classifier metrics "
+    "metric_samples".split()
 )
