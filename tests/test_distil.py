@@ -42,7 +42,7 @@ def test_the_loss_is_the_definition():
         p, q = (torch.softmax(logits / temperature, 1) for logits in (teacher, student))
         expected = temperature**2 * (p * (p / q).log()).sum(1).mean()
         torch.testing.assert_close(distillation_loss(student, teacher, temperature), expected)
-    assert float(distillation_loss(student, student, 2.0)) == pytest.approx(0.0, abs=1e-12)
+    assert distillation_loss(student, student, 2.0).item() == pytest.approx(0.0, abs=1e-12)
     # At a high temperature the gradient is that of half the squared distance of centred logits, over the classes.
     (found,) = torch.autograd.grad(distillation_loss(student, teacher.detach(), 1e4), student)
     difference = (student - student.mean(1, keepdim=True)) - (teacher - teacher.mean(1, keepdim=True))

@@ -17,7 +17,7 @@ from fastcifar.training.checkpoint import Checkpoint, CheckpointError
 from fastcifar.training.distil import Teacher, distillation_loss
 from fastcifar.training.ema import WeightAverage
 from fastcifar.training.networks import build_model
-from fastcifar.training.optimisers import GuardedStep, build_optimiser
+from fastcifar.training.optimisers import GuardedStep, begin_momentum, build_optimiser
 from fastcifar.training.options import Recipe
 from fastcifar.training.state import by_part, load_optimiser, optimiser_tensors
 
@@ -79,6 +79,7 @@ class Classification:
         if frozen == self._frozen:
             return
         transfer.freeze(self.model, frozen)
+        begin_momentum(self.optimiser)
         self._frozen, self._forward = frozen, self._wrapped()
         if self.graph is not None:
             self.graph.reset()
