@@ -248,7 +248,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         gan = chosen.model in models.list_models(gan=True)
         columns = run_folder.GAN_COLUMNS if gan else run_folder.COLUMNS
-        task = (Adversarial if gan else Classification)(chosen, dataset, device, processes)
+        shown = dataclasses.replace(chosen, kd_cache=False) if parsed.dry_run else chosen
+        task = (Adversarial if gan else Classification)(shown, dataset, device, processes)
         if source is not None:
             load_weights(task.model, source)
             task.restart_average()

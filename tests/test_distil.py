@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy
 import pytest
 import torch
 from test_capture import NothingFromTheHost
@@ -11,7 +12,7 @@ from training_case import result_of, status_of, write_tiny
 from fastcifar import data
 from fastcifar.training import checkpoint
 from fastcifar.training.capture import Feed
-from fastcifar.training.distil import distillation_loss
+from fastcifar.training.distil import Teacher, distillation_loss
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,50 @@ def test_the_teachers_part_of_a_step_can_be_captured(tiny, teacher):
             task.compute()
 
 
+CROPS = [{"hflip": "alternating"}, {"hflip": "random", "crop_mode": "zero"}, {"hflip": "off", "crop_pad": 1}]
+
+
+@pytest.mark.parametrize("options", CROPS, ids=lambda options: options["hflip"])
+def test_views_by_number_are_those_that_are_drawn(options, tiny):
+    loader = make(tiny, **options).loader
+    for step in (0, 9):
+        index, view = loader.views_of(step)
+        batch = loader.batch(step)
+        assert torch.equal(loader.view_images(index, view), batch.images)
+        assert torch.equal(loader._labels[index], batch.labels)
+        assert 0 <= int(view.min()) and int(view.max()) < loader.views
+    assert loader.views == (2 * loader.augmentation.crop_pad + 1) ** 2 * (1 if options["hflip"] == "off" else 2)
+
+
+def test_kept_answers_are_the_teachers_and_are_computed_once(tiny, teacher, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("FASTCIFAR_CACHE", str(tmp_path))
+    cached = make(tiny, teacher=teacher, kd_cache=True, crop_pad=1)
+    assert "computing the teacher's answers to 100 × 18 views" in capsys.readouterr().out
+    for step in range(3):
+        wanted = cached.teacher.logits(cached.loader.batch(step).images)
+        torch.testing.assert_close(cached.answers.of_step(step).float(), wanted, rtol=2e-3, atol=2e-3)
+        cached.train_step(step)
+    # Of an interrupted computation only the rest is done, with the same result.
+    content = cached.answers.path.read_bytes()
+    damaged = numpy.fromfile(cached.answers.path, numpy.float16).reshape(100, -1)
+    damaged[64:] = 0
+    damaged.tofile(cached.answers.path)
+    cached.answers._progress.write_text("66")
+    asked = []
+    original = Teacher.logits
+
+    def logits(self, images):
+        asked.append(len(images))
+        return original(self, images)
+
+    monkeypatch.setattr(Teacher, "logits", logits)
+    again = make(tiny, teacher=teacher, kd_cache=True, crop_pad=1)
+    assert sum(asked) == 36 * 18 and again.answers.path.read_bytes() == content
+    for step in range(3):
+        again.train_step(step)
+    assert sum(asked) == 36 * 18 and everything(again) == everything(cached)
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -123,6 +168,7 @@ def test_the_best_preset_by_the_command_line(place, teacher, capsys):
         (["--teacher", "absent"], "there is no absent"),
         (["--teacher", teacher, "--kd-weight", 1.5], "--kd-weight must be in [0, 1], got 1.5"),
         (["--teacher", teacher, "--kd-temperature", 0], "--kd-temperature must be > 0, got 0.0"),
+        (["--teacher", teacher, "--kd-cache", "--cutout", 3], "knows crops and flips alone, and --cutout is 3"),
         (["--teacher", teacher, "--dataset", write_tiny(place / "o.npz", classes=3)], "knows 5 classes, npz:"),
     ):
         assert status_of([*command, "--steps", 3, *arguments]) == 2

@@ -93,13 +93,30 @@ def geometry(
         flips: [n], bool, for alternating flips.
         size: (H, W).
     """
-    height, width = size
+    return place(options, *drawn_view(options, positions, step, seed, flips), size)
+
+
+def drawn_view(
+    options: Augmentation, positions: torch.Tensor, step: int, seed: int, flips: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Shift of rows and of columns, in [0, 2·crop_pad], and flip (None: none at all) of every position, [n] each."""
     words = philox(positions, step, _GEOMETRY, seed)
     span = 2 * options.crop_pad + 1
-    rows = source_axis(height, below(words[0], span), options.crop_pad, options.crop_mode)
-    columns = source_axis(width, below(words[1], span), options.crop_pad, options.crop_mode)
     if options.hflip == "random":
         flips = words[2] >> 31 == 1
+    return below(words[0], span), below(words[1], span), flips
+
+
+def place(
+    options: Augmentation,
+    shift_rows: torch.Tensor,
+    shift_columns: torch.Tensor,
+    flips: torch.Tensor | None,
+    size: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Source row [n, H] and source column [n, W] of every output pixel of images shifted and flipped so."""
+    rows = source_axis(size[0], shift_rows, options.crop_pad, options.crop_mode)
+    columns = source_axis(size[1], shift_columns, options.crop_pad, options.crop_mode)
     if flips is not None:
         columns = torch.where(flips[:, None], columns.flip(1), columns)
     return rows, columns

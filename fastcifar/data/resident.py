@@ -130,14 +130,18 @@ class ResidentLoader:
             indices[chosen] = self._order(int(epoch))[places[chosen]]
         return indices, epochs
 
-    def _augmented(self, step: int, positions: numpy.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised float32 [n, H, W, 3] images and labels at these positions, before mixing."""
-        options, seed = self.augmentation, self.seed
+    def _chosen(self, step: int, positions: numpy.ndarray) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Image index and alternating flip of each position."""
         indices, epochs = self._indices(step, positions)
         flips = None
         if self._flip_half is not None:
             flips = torch.from_numpy((self._flip_half[indices] + epochs) % 2 == 1).to(self.device)
-        index = torch.from_numpy(indices).to(self.device)
+        return torch.from_numpy(indices).to(self.device), flips
+
+    def _augmented(self, step: int, positions: numpy.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised float32 [n, H, W, 3] images and labels at these positions, before mixing."""
+        options, seed = self.augmentation, self.seed
+        index, flips = self._chosen(step, positions)
         where = torch.from_numpy(positions).to(self.device)
         images = self._gather(index, *augment.geometry(options, where, step, seed, flips, self._size))
         if options.color_jitter:
@@ -156,6 +160,28 @@ class ResidentLoader:
             outside = (rows == height)[:, :, None] | (columns == width)[:, None, :]
             pixel = pixel.masked_fill_(outside, len(self._pixels) - 1)
         return self._pixels[pixel].view(torch.uint8).view(len(index), height, width, 4)[..., :3]
+
+    @property
+    def views(self) -> int:
+        """How many ways there are to crop and flip an image."""
+        return (2 * self.augmentation.crop_pad + 1) ** 2 * (1 if self.augmentation.hflip == "off" else 2)
+
+    def views_of(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image index and number of its view, int64 [n] each, of this rank's part of the batch of 0-based `step`."""
+        index, flips = self._chosen(step, self._positions)
+        where = torch.from_numpy(self._positions).to(self.device)
+        rows, columns, flips = augment.drawn_view(self.augmentation, where, step, self.seed, flips)
+        span = 2 * self.augmentation.crop_pad + 1
+        number = rows * span + columns
+        return index, number if flips is None else number + flips * span**2
+
+    def view_images(self, index: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
+        """Views by number, [n, 3, H, W], of the images with these indices: cropped, flipped, normalised."""
+        span = 2 * self.augmentation.crop_pad + 1
+        index, view = index.to(self.device), view.to(self.device)
+        shifts = view // span % span, view % span, view >= span**2
+        images = self._gather(index, *augment.place(self.augmentation, *shifts, self._size))
+        return torch.addcmul(self._shift, images.float(), self._scale).to(self.dtype).permute(0, 3, 1, 2)
 
     def batch(self, step: int) -> Batch:
         """This rank's part of the global batch of 0-based `step`; the same at every call."""

@@ -12,6 +12,7 @@ from torch import nn
 from fastcifar import data
 from fastcifar.profiling import annotate
 from fastcifar.training import distributed, environment, evaluation, schedule, transfer
+from fastcifar.training.answers import Answers
 from fastcifar.training.capture import Feed, build_graph
 from fastcifar.training.checkpoint import Checkpoint, CheckpointError
 from fastcifar.training.distil import Teacher, distillation_loss
@@ -57,13 +58,22 @@ class Classification:
         if processes.world_size > 1:
             distributed.synchronise_statistics(self.model)
         self._forward = self._wrapped()
-        self.teacher = None
-        if recipe.teacher and not recipe.eval_only:
-            self.teacher = Teacher(recipe.teacher, dataset, device, self.amp_dtype, recipe.impl)
         self.loader = self._build_loader()
+        self.teacher, self.answers = self._build_teacher()
         # On a GPU always static: a captured step then equals the same step as it is.
         self.feed = Feed(device, static=device.type == "cuda")
         self.graph, self.graph_notice = build_graph(self.compute, device, recipe, self.amp_dtype, processes.world_size)
+
+    def _build_teacher(self) -> tuple[Teacher | None, Answers | None]:
+        recipe = self.recipe
+        if not recipe.teacher or recipe.eval_only:
+            return None, None
+        teacher = Teacher(recipe.teacher, self.dataset, self.device, self.amp_dtype, recipe.impl)
+        if not recipe.kd_cache:
+            return teacher, None
+        if self.processes.world_size > 1:
+            raise ValueError(f"--kd-cache is for one process, there are {self.processes.world_size}; drop it")
+        return teacher, Answers(teacher, self.loader, self.dataset, self.device)
 
     def _wrapped(self) -> Any:
         """The network as a step calls it; anew when what is trained changes, as both wrappers rest on that."""
@@ -145,6 +155,8 @@ class Classification:
         for name, value in zip(batch._fields, batch, strict=True):
             if value is not None:
                 self.feed.put(name, value)
+        if self.answers is not None:
+            self.feed.put("answers", self.answers.of_step(step))
         self.feed.number("step", step)
         self.feed.number("rate", self.learning_rate(step))
         if self.ema is not None:
@@ -162,7 +174,7 @@ class Classification:
         with annotate("loss"):
             loss = self._loss(logits.float(), labels)
             if self.teacher is not None:
-                wanted = self.teacher.logits(feed["images"])
+                wanted = self.teacher.logits(feed["images"]) if self.answers is None else feed["answers"].float()
                 learned = distillation_loss(logits.float(), wanted, self.recipe.kd_temperature)
                 loss = torch.lerp(loss, learned, self.recipe.kd_weight)
         self.update(loss, feed["step"], feed["rate"])

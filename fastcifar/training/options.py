@@ -77,6 +77,12 @@ class Recipe:
     teacher: str | None = _option(None, "run of a classifier whose answers are learned too", _DISTILLATION)
     kd_temperature: float = _number(4.0, "both answers are softened by", _DISTILLATION, 1e-9)
     kd_weight: float = _number(0.9, "share of the teacher's answers in the loss", _DISTILLATION, 0.0, 1.0)
+    kd_cache: bool = _option(
+        False,
+        "keep the teacher's answers to all crops and flips in a file; pays from the second run on",
+        _DISTILLATION,
+        bool,
+    )
 
     unconditional: bool = _option(False, "a GAN that knows no classes", _GAN, bool)
     loss: str = _option("auto", "of a GAN; auto: aw_hinge, bce for dcgan", _GAN, choices=_LOSSES)

@@ -140,6 +140,8 @@ def _check_together(recipe: Recipe) -> None:
         raise ValueError(
             "--preset best learns from a teacher: give --teacher RUN, a classifier's run folder, or use --preset fast"
         )
+    if recipe.kd_cache:
+        _check_cache(recipe)
     if recipe.phases:
         transfer.read_phases(recipe.phases)
     if recipe.model in models.list_models(gan=True):
@@ -151,6 +153,17 @@ def _check_together(recipe: Recipe) -> None:
         )
     if recipe.sched == "constant" and recipe.opt == "sgd" and recipe.lr == 0.0:
         raise ValueError("--lr 0 trains nothing; give a rate above 0")
+
+
+def _check_cache(recipe: Recipe) -> None:
+    if not recipe.teacher:
+        raise ValueError("--kd-cache keeps a teacher's answers: give --teacher RUN")
+    for option in ("color_jitter", "cutout", "mixup", "cutmix"):
+        if getattr(recipe, option):
+            raise ValueError(
+                f"--kd-cache knows crops and flips alone, and {flag(option)} is {getattr(recipe, option):g}; set it "
+                "to 0, or drop --kd-cache"
+            )
 
 
 def _check_gan(recipe: Recipe) -> None:
@@ -236,7 +249,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 _WITHOUT_CONSEQUENCE = frozenset(
-    "data_dir preset device impl compile cuda_graph nvtx profile deterministic output resume init_weights save_every "
+    "data_dir preset device impl compile cuda_graph kd_cache nvtx profile deterministic output resume init_weights save_every "
     "keep_last backbone teacher eval_every eval_only tta nan tensorboard wandb classifier metrics "
     "metric_samples".split()
 )
