@@ -64,7 +64,7 @@ def test_a_step_learns_from_both(options, tiny, teacher):
     logits = plain.model(batch.images)
     expected = 0.7 * plain._loss(logits, batch.labels) + 0.3 * distillation_loss(logits, wanted, 2.0)
     task.train_step(0)
-    torch.testing.assert_close(float(task.loss_sum) / 16, float(expected), rtol=1e-5, atol=0)
+    assert task.loss_sum.item() / 16 == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_student_comes_to_agree_with_its_teacher_whatever_the_labels(tiny, teacher):

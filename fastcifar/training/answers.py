@@ -49,6 +49,8 @@ class Answers:
         shape = (len(images), loader.views, dataset.num_classes)
         size = 2 * math.prod(shape)
         whole = self.path.is_file() and self.path.stat().st_size == size
+        if not whole:
+            self._progress.unlink(missing_ok=True)
         self._logits = numpy.memmap(self.path, numpy.float16, "r+" if whole else "w+", shape=shape)
         done = _read_count(self._progress) if whole else 0
         if done < len(images):

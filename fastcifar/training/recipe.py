@@ -249,7 +249,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 _WITHOUT_CONSEQUENCE = frozenset(
-    "data_dir preset device impl compile cuda_graph kd_cache nvtx profile deterministic output resume init_weights save_every "
+    "data_dir preset device impl compile cuda_graph nvtx profile deterministic output resume init_weights save_every "
     "keep_last backbone teacher eval_every eval_only tta nan tensorboard wandb classifier metrics "
     "metric_samples".split()
 )
