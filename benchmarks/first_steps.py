@@ -1,4 +1,4 @@
-"""`python -m benchmarks.first_steps --preset NAME --steps N`: a preset cut to a few steps, for networks that need hours.
+"""`python -m benchmarks.first_steps --preset NAME --steps N`: a preset cut to a few steps, where all of it needs hours.
 
 Says whether it learns, how much memory a step needs and how long the whole preset would take here. Writes
 results/first-steps-MODEL-PRESET.json.
@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import reporting
 from fastcifar import data, models
-from fastcifar.training import distributed, environment, recipe
+from fastcifar.training import distributed, environment, recipe, transfer
 from fastcifar.training.classify import Classification
 
 
@@ -31,6 +31,10 @@ def measure(flags: dict[str, Any], device: torch.device, test_images: int) -> di
         dataset, test_images=dataset.test_images[:test_images], test_labels=dataset.test_labels[:test_images]
     )
     task = Classification(chosen, fewer, device, distributed.Processes())
+    if chosen.backbone not in (None, "none"):
+        tensors = transfer.read_backbone(chosen.backbone, chosen.model)
+        transfer.load_backbone(task.model, tensors, chosen.backbone)
+        task.restart_average()
     times, averages = [], []
     for step in range(chosen.steps):
         started = time.perf_counter()
@@ -50,6 +54,8 @@ def measure(flags: dict[str, Any], device: torch.device, test_images: int) -> di
         "seconds a step": step, "peak MiB": memory, "whole preset, steps": whole.steps,
         "whole preset, hours here": step * whole.steps / 3600,
     }  # fmt: skip
+    if chosen.phases:
+        row |= {"phases": chosen.phases, "backbone": chosen.backbone or "none"}
     if test_images:
         row |= {"test images": len(fewer.test_images), "test accuracy, %": task.evaluate("test").accuracy}
     if test_images and chosen.tta:

@@ -37,6 +37,11 @@ def test_presets_that_name_their_network():
     assert models.model_options("modify_resnet")["dropout"] == models.model_options("xception")["dropout"] == 0.5
 
 
+def test_the_command_line_offers_the_presets_that_there_are():
+    (preset,) = (option for option in options() if option.name == "preset")
+    assert preset.metadata["choices"] == ("auto", *recipe.PRESETS)
+
+
 def test_first_weights_replace_the_presets_backbone():
     assert resolve(model="xception", init_weights="run").backbone is None
 
