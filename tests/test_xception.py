@@ -5,9 +5,10 @@ import importlib
 import pytest
 import safetensors.torch
 import torch
+from test_training import make
 from training_case import status_of, write_tiny
 
-from fastcifar import models
+from fastcifar import data, models
 from fastcifar.data import DataError
 from fastcifar.models import xception
 from fastcifar.training import transfer
@@ -88,6 +89,18 @@ def test_without_timm_one_line_says_so(monkeypatch, tmp_path, capsys):
     assert status_of(["--preset", "xception-transfer", "--dataset", write_tiny(tmp_path / "tiny.npz")]) == 2
     message = capsys.readouterr().err
     assert "run `pip install 'fastcifar[xception]'`" in message and len(message.splitlines()) == 1
+
+
+def test_two_phases(timm, tmp_path):
+    tiny = data.load_dataset(write_tiny(tmp_path / "tiny.npz"))
+    options = {"size": 33, "hidden": 4}
+    task = make(tiny, model="xception", model_options=options, backbone="none", batch_size=4, steps=4)
+    first = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    for step, phase in enumerate(("frozen", "trained"), start=1):
+        task.train_step(step)
+        moved = {name.split(".")[0] for name, t in task.model.state_dict().items() if not torch.equal(t, first[name])}
+        assert moved == {"head"} if phase == "frozen" else {"head", "backbone"}
+    assert [task.learning_rate(step) for step in range(4)] == pytest.approx([2e-4, 2e-4, 5e-6, 2e-6])
 
 
 @pytest.mark.parametrize(
