@@ -13,7 +13,7 @@ import numpy
 import torch
 
 from fastcifar import command_line, data, metrics, models, validation
-from fastcifar.training import cas, checkpoint, confusion, environment, evaluation, judging, loop, networks, sampling
+from fastcifar.training import cas, checkpoint, confusion, environment, evaluation, judging, networks, recipe, sampling
 from fastcifar.training.gan import load_gan
 from fastcifar.training.options import Recipe
 from fastcifar.training.recipe import names
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str]) -> int:
     device = environment.choose_device(parsed.device)
     environment.prepare_process(device, deterministic=False)
     saved = checkpoint.find(parsed.checkpoint, notify=print)
-    chosen = Recipe(**{**loop.read_config(saved), "impl": parsed.impl, "device": parsed.device})
+    chosen = recipe.of_checkpoint(saved, impl=parsed.impl, device=parsed.device)
     _check(parsed, chosen)
     dataset = data.load_dataset(parsed.dataset or chosen.dataset, parsed.data_dir or chosen.data_dir)
     for notice in dataset.notices:

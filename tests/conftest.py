@@ -28,6 +28,14 @@ def cifar_folder() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def launcher():
+    """Starts processes that have everything imported."""
+    from benchmarks import kills
+
+    return kills.Launcher()
+
+
+@pytest.fixture(scope="session")
 def lpips_weights() -> pathlib.Path:
     """The file of LPIPS's published weights."""
     beside = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data" / "lpips" / "squeeze-v0.1.safetensors"

@@ -62,7 +62,7 @@ def test_a_step_learns_from_both(options, tiny, teacher):
         wanted = network(batch.images)
     plain.place(0)
     logits = plain.model(batch.images)
-    expected = 0.7 * plain._loss(logits, batch.labels) + 0.3 * distillation_loss(logits, wanted, 2.0)
+    expected = 0.7 * plain._loss(logits, batch) + 0.3 * distillation_loss(logits, wanted, 2.0)
     task.train_step(0)
     assert task.loss_sum.item() / 16 == pytest.approx(expected.item(), rel=1e-5)
 

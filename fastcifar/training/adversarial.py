@@ -65,14 +65,17 @@ class Adversarial:
         self.loss = recipe.loss if recipe.loss != "auto" else "bce" if recipe.model == "dcgan" else "aw_hinge"
         self.policies = policies(recipe.diffaugment)
         group = dist.group.WORLD if processes.world_size > 1 else None
+        self._unshared: list[torch.Tensor] = []
         if group is not None:
-            distributed.synchronise_statistics(self.model)
+            distributed.share_weights(self.model)
+            self._unshared = distributed.share_statistics(self.model, synchronise=recipe.sync_bn)
         self.spectral = self._spectral_group()
         self.hinge = fused.AdaptiveWeightedHinge(self.discriminator.parameters(), process_group=group)
         self.update_g, self.update_d = (
-            GuardedStep(build_optimiser(recipe, network), recipe.clip_grad, device, fp16=False)
+            GuardedStep(build_optimiser(recipe, network), network, recipe.clip_grad, device, fp16=False)
             for network in (self.generator, self.discriminator)
         )
+        self.rate_factor = 1.0
         self.sums = torch.zeros(len(AVERAGES), dtype=torch.float64, device=device)
         self.seen = 0
         self.loader = self._build_loader()
@@ -108,8 +111,10 @@ class Adversarial:
             std=_STD,
             device=self.device,
             dtype=torch.float32,
+            impl=recipe.impl,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
+            placement=recipe.data_placement,
         )
 
     @property
@@ -130,7 +135,7 @@ class Adversarial:
     def learning_rate(self, step: int) -> float:
         """That of a 0-based step."""
         recipe = self.recipe
-        return recipe.lr * schedule.factor(recipe.sched, step, recipe.steps, recipe.warmup_steps)
+        return recipe.lr * self.rate_factor * schedule.factor(recipe.sched, step, recipe.steps, recipe.warmup_steps)
 
     def place(self, step: int) -> None:
         """Puts what the step takes from the host where `compute` reads it."""
@@ -141,13 +146,9 @@ class Adversarial:
         for turn in range(n_dis + 1):
             number = step * (n_dis + 1) + turn
             whole = sampling.draw(self.model, self.recipe.seed, number, self.recipe.batch_size, 2 * NUMBERS)
-            for name, value in whole.part(begin, begin + size)._asdict().items():
-                if value is not None:
-                    feed.put(f"{name} {turn}", value)
+            feed.put_all(f"draw {turn}", whole.part(begin, begin + size))
         for turn in range(n_dis):
-            batch = self.loader.batch(step * n_dis + turn)
-            feed.put(f"images {turn}", batch.images)
-            feed.put(f"classes {turn}", batch.labels)
+            feed.put_all(f"plan {turn}", self.loader.plan(step * n_dis + turn))
         feed.number("step", step)
         feed.number("rate", self.learning_rate(step))
         if self.ema is not None:
@@ -155,8 +156,7 @@ class Adversarial:
         self.seen += 1
 
     def _draw(self, turn: int) -> sampling.Draw:
-        labels = self.feed[f"labels {turn}"] if self.model.conditional else None
-        return sampling.Draw(self.feed[f"latents {turn}"], labels, self.feed[f"numbers {turn}"])
+        return self.feed.take(f"draw {turn}", sampling.Draw)
 
     def _autocast(self) -> torch.autocast:
         enabled = self.amp_dtype != torch.float32
@@ -187,6 +187,7 @@ class Adversarial:
                 values = self._train_discriminator(turn)
         with annotate("generator"):
             loss_g = self._train_generator()
+        self.processes.average(self._unshared)
         if self.ema is not None:
             self.ema.update(self.feed["share"])
         values.insert(1, loss_g)
@@ -194,13 +195,15 @@ class Adversarial:
 
     def _train_discriminator(self, turn: int) -> list[torch.Tensor]:
         draw = self._draw(turn)
+        with annotate("augment"):
+            batch = self.loader.render(self.feed.take(f"plan {turn}", data.Plan))
         with torch.no_grad():
             generated = self._generate(draw)
         if self.spectral is not None:
             self.spectral.step()
         self.update_d.optimiser.zero_grad(set_to_none=True)
-        labels = self.feed[f"classes {turn}"] if self.model.conditional else None
-        real = self._judge_images(self.feed[f"images {turn}"], labels, draw.numbers[:, :NUMBERS])
+        labels = batch.labels if self.model.conditional else None
+        real = self._judge_images(batch.images, labels, draw.numbers[:, :NUMBERS])
         fake = self._judge_images(generated, draw.labels, draw.numbers[:, NUMBERS:])
         if self.loss == "aw_hinge":
             found = self.hinge.backward(real, fake)
@@ -280,9 +283,14 @@ class Adversarial:
         return kind | self.judge.describe() | self.evaluation_row()
 
     def restart_average(self) -> None:
-        """Lets the averaged weights begin at the generator's present ones."""
+        """Takes the networks' present weights and statistics, put there from outside, for their first ones."""
         if self.ema is not None:
             self.ema.model.load_state_dict(self.generator.state_dict())
+        self._keep_buffers()
+
+    def _keep_buffers(self) -> None:
+        for _, update, _ in self._updates():
+            update.keep_buffers()
 
     def network_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of both networks and of the generator's average."""
@@ -292,7 +300,7 @@ class Adversarial:
         return tensors
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """All that the next steps depend on: tensors by name, and JSON values."""
+        """All that the next steps depend on: tensors by name, and JSON values. All processes ask together."""
         tensors = self.network_tensors()
         for name, update, network in self._updates():
             tensors |= optimiser_tensors(update.optimiser, network, f"optimiser_{name}")
@@ -305,17 +313,6 @@ class Adversarial:
     def _updates(self) -> list[tuple[str, GuardedStep, nn.Module]]:
         return [("g", self.update_g, self.generator), ("d", self.update_d, self.discriminator)]
 
-    def _check_judge(self, checkpoint: Checkpoint) -> None:
-        """Figures of one run must be of one network, or they cannot be compared."""
-        before = checkpoint.state.get("extractor_sha256")
-        if self.judge is None or before is None or self.recipe.eval_only:
-            return
-        if before != (now := self.judge.extractor.digest):
-            raise CheckpointError(
-                f"{checkpoint.path}: its samples were judged by a network of SHA-256 {before[:12]}…, that of "
-                f"--classifier {self.recipe.classifier} is {now[:12]}…; pass the same one, or none"
-            )
-
     def load_state(self, checkpoint: Checkpoint) -> None:
         """Takes over everything of a checkpoint of the same recipe.
 
@@ -326,17 +323,19 @@ class Adversarial:
         missing = sorted(name for name in expected if name not in checkpoint.tensors)
         if missing:
             raise CheckpointError(f"{checkpoint.path} lacks {missing[0]!r}; it is of another recipe")
-        self._check_judge(checkpoint)
+        if self.judge is not None and not self.recipe.eval_only:
+            self.judge.check_same(checkpoint)
         parts = by_part(checkpoint.tensors)
         self.model.load_state_dict(parts["model"])
+        self._keep_buffers()
         if self.ema is not None:
             self.ema.model.load_state_dict(parts["ema"])
         for name, update, network in self._updates():
             load_optimiser(update.optimiser, network, parts.get(f"optimiser_{name}", {}))
             update.bad_steps.copy_(parts["progress"][f"bad_steps_{name}"])
             update.first_bad.copy_(parts["progress"][f"first_bad_{name}"])
-        self.sums.copy_(parts["progress"]["sums"])
-        self.seen = checkpoint.state["seen"]
+        same = self.processes.take_own(self.sums, parts["progress"]["sums"])
+        self.seen = checkpoint.state["seen"] if same else 0
         if self.spectral is not None:
             self.spectral.invalidate()
         if self.graph is not None:

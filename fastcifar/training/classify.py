@@ -49,14 +49,16 @@ class Classification:
         self.ema = WeightAverage(self.model, recipe.model_ema_decay) if recipe.model_ema_decay else None
         self.optimiser = build_optimiser(recipe, self.model)
         fp16 = self.amp_dtype == torch.float16
-        self.update = GuardedStep(self.optimiser, recipe.clip_grad, device, fp16)
+        self.update = GuardedStep(self.optimiser, self.model, recipe.clip_grad, device, fp16)
+        self.rate_factor = 1.0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.seen = 0
         self._has_dropout = any(isinstance(m, nn.modules.dropout._DropoutNd) for m in self.model.modules())
         self.phases, self._frozen = transfer.phases(recipe.phases, recipe.steps), False
+        self._unshared: list[torch.Tensor] = []
         if processes.world_size > 1:
-            distributed.synchronise_statistics(self.model)
+            self._unshared = distributed.share_statistics(self.model, synchronise=recipe.sync_bn)
         self._forward = self._wrapped()
         self.loader = self._build_loader()
         self.teacher, self.answers = self._build_teacher()
@@ -79,9 +81,7 @@ class Classification:
         """The network as a step calls it; anew when what is trained changes, as both wrappers rest on that."""
         forward: Any = self.model
         if self.processes.world_size > 1:
-            forward = nn.parallel.DistributedDataParallel(
-                self.model, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            forward = distributed.data_parallel(self.model)
         return torch.compile(forward) if self.recipe.compile else forward
 
     def _enter_phase(self, step: int) -> None:
@@ -116,8 +116,10 @@ class Classification:
             std=dataset.std,
             device=self.device,
             dtype=self.amp_dtype,
+            impl=recipe.impl,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
+            placement=recipe.data_placement,
         )
 
     @property
@@ -137,8 +139,8 @@ class Classification:
     def learning_rate(self, step: int) -> float:
         """That of a 0-based step."""
         recipe = self.recipe
-        phase = transfer.phase_at(self.phases, step)
-        return recipe.lr * phase.factor * schedule.factor(recipe.sched, step, recipe.steps, recipe.warmup_steps)
+        factor = self.rate_factor * transfer.phase_at(self.phases, step).factor
+        return recipe.lr * factor * schedule.factor(recipe.sched, step, recipe.steps, recipe.warmup_steps)
 
     def train_step(self, step: int) -> None:
         """Trains on the global batch of this 0-based step."""
@@ -150,11 +152,7 @@ class Classification:
     def place(self, step: int) -> None:
         """Puts what the step takes from the host where `compute` reads it."""
         self._enter_phase(step)
-        with annotate("augment"):
-            batch = self.loader.batch(step)
-        for name, value in zip(batch._fields, batch, strict=True):
-            if value is not None:
-                self.feed.put(name, value)
+        self.feed.put_all("plan", self.loader.plan(step))
         if self.answers is not None:
             self.feed.put("answers", self.answers.of_step(step))
         self.feed.number("step", step)
@@ -163,35 +161,38 @@ class Classification:
             self.feed.number("share", self.ema.share(step))
         if self._has_dropout:
             torch.manual_seed((self.recipe.seed * 1_000_003 + step) * 4_096 + self.processes.rank)
-        self.seen += len(batch.labels)
+        self.seen += self.recipe.batch_size // self.processes.world_size
 
     def compute(self) -> None:
         """The step's work on the device."""
-        feed, labels = self.feed, self.feed["labels"]
+        feed = self.feed
+        with annotate("augment"):
+            batch = self.loader.render(feed.take("plan", data.Plan))
+        labels = batch.labels
         amp = self.amp_dtype != torch.float32
         with annotate("forward"), torch.autocast(self.device.type, self.amp_dtype, enabled=amp, cache_enabled=True):
-            logits = self._forward(feed["images"])
+            logits = self._forward(batch.images)
         with annotate("loss"):
-            loss = self._loss(logits.float(), labels)
+            loss = self._loss(logits.float(), batch)
             if self.teacher is not None:
-                wanted = self.teacher.logits(feed["images"]) if self.answers is None else feed["answers"].float()
+                wanted = self.teacher.logits(batch.images) if self.answers is None else feed["answers"].float()
                 learned = distillation_loss(logits.float(), wanted, self.recipe.kd_temperature)
                 loss = torch.lerp(loss, learned, self.recipe.kd_weight)
         self.update(loss, feed["step"], feed["rate"])
+        self.processes.average(self._unshared)
         if self.ema is not None:
             with annotate("average"):
                 self.ema.update(feed["share"])
         self.loss_sum += loss.detach() * len(labels)
         self.correct += (logits.detach().argmax(1) == labels).sum()
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _loss(self, logits: torch.Tensor, batch: data.Batch) -> torch.Tensor:
         smoothing = self.recipe.label_smoothing
-        if not self.loader.augmentation.mixes:
-            return F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        own = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
-        partner_labels, weight = self.feed["partner_labels"], self.feed["partner_weight"]
-        partner = F.cross_entropy(logits, partner_labels, reduction="none", label_smoothing=smoothing)
-        return torch.lerp(own, partner, weight.to(own.dtype)).mean()
+        if batch.partner_labels is None:
+            return F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
+        own = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=smoothing)
+        partner = F.cross_entropy(logits, batch.partner_labels, reduction="none", label_smoothing=smoothing)
+        return torch.lerp(own, partner, batch.partner_weight.to(own.dtype)).mean()
 
     def tick(self, step: int, steps: int, seconds: float) -> dict[str, float]:
         """Nothing more than every run has."""
@@ -202,9 +203,10 @@ class Classification:
         return None
 
     def restart_average(self) -> None:
-        """Lets the averaged weights begin at the network's present ones."""
+        """Takes the network's present weights and statistics, put there from outside, for its first ones."""
         if self.ema is not None:
             self.ema.model.load_state_dict(self.model.state_dict())
+        self.update.keep_buffers()
 
     def take_averages(self) -> dict[str, float]:
         """Mean loss and accuracy (percent) over the batches since the last call, of all processes."""
@@ -255,10 +257,11 @@ class Classification:
         return tensors
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """All that the next steps depend on: tensors by name, and JSON values."""
+        """All that the next steps depend on: tensors by name, and JSON values. All processes ask together."""
         tensors = self.network_tensors()
         tensors |= optimiser_tensors(self.optimiser, self.model, "optimiser")
-        tensors |= {"progress.loss_sum": self.loss_sum, "progress.correct": self.correct}
+        for name, own in (("loss_sum", self.loss_sum), ("correct", self.correct)):
+            tensors[f"progress.{name}"] = self.processes.gather(own)
         tensors |= {"progress.bad_steps": self.update.bad_steps, "progress.first_bad": self.update.first_bad}
         scaler = self.update.scaler.state_dict() if self.update.scaler else None
         notes = {"seen": self.seen, "scaler": scaler}
@@ -287,15 +290,16 @@ class Classification:
         self._check_teacher(checkpoint)
         parts = by_part(tensors)
         self.model.load_state_dict(parts["model"])
+        self.update.keep_buffers()
         if self.ema is not None:
             self.ema.model.load_state_dict(parts["ema"])
         load_optimiser(self.optimiser, self.model, parts.get("optimiser", {}))
         progress = parts["progress"]
-        self.loss_sum.copy_(progress["loss_sum"])
-        self.correct.copy_(progress["correct"])
+        same = self.processes.take_own(self.loss_sum, progress["loss_sum"])
+        self.processes.take_own(self.correct, progress["correct"])
         self.update.bad_steps.copy_(progress["bad_steps"])
         self.update.first_bad.copy_(progress["first_bad"])
-        self.seen = checkpoint.state["seen"]
+        self.seen = checkpoint.state["seen"] if same else 0
         if self.update.scaler:
             self.update.scaler.load_state_dict(checkpoint.state["scaler"])
         if self.graph is not None:

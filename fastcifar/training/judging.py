@@ -10,6 +10,7 @@ from torch import nn
 
 from fastcifar import data, metrics, models
 from fastcifar.data.download import cache_folder
+from fastcifar.training import checkpoint as checkpoints
 from fastcifar.training import sampling
 from fastcifar.training.networks import trained_classifier
 
@@ -42,6 +43,19 @@ class Judge:
             "samples": self.count,
             "resize": self.extractor.resize,
         }
+
+    def check_same(self, checkpoint: checkpoints.Checkpoint) -> None:
+        """Figures of one run must be of one network, or they cannot be compared.
+
+        Raises:
+            CheckpointError: the run's samples were judged by another network so far.
+        """
+        before, now = checkpoint.state.get("extractor_sha256"), self.extractor.digest
+        if before is not None and before != now:
+            raise checkpoints.CheckpointError(
+                f"{checkpoint.path}: its samples were judged by a network of SHA-256 {before[:12]}…, that of "
+                f"--classifier is {now[:12]}…; pass the same one, or none"
+            )
 
     def warnings(self) -> list[str]:
         """What makes the figures worse than the generator is."""
@@ -99,21 +113,24 @@ def build_judge(
 def nearest_training_images(
     lpips: metrics.Lpips, gan: models.GAN, dataset: data.ImageDataset, count: int, *, neighbours: int, seed: int = 0
 ) -> tuple[dict[str, Any], numpy.ndarray]:
-    """How far `count` samples are from the training images: small values are copies.
+    """How far `count` samples are from the training images: smaller than what test images are means copies.
 
     Returns:
-        The mean LPIPS of a sample to its nearest training image with what it rests on, and for each sample a row of
-        itself and its nearest training images, uint8 [count·(neighbours + 1), H, W, 3].
+        The mean LPIPS of a sample to its nearest training image, that of as many test images, and what both rest on;
+        and for each sample a row of itself and its nearest training images, uint8 [count·(neighbours + 1), H, W, 3].
     """
     batches = [batch for batch, _ in sampling.sample_batches(gan.generator, gan, count, lpips.device, seed)]
     generated = numpy.concatenate(batches)
     found = metrics.nearest_neighbours(lpips, generated, dataset.train_images, count=neighbours)
+    yardstick = metrics.nearest_neighbours(lpips, dataset.test_images[:count], dataset.train_images)
     figures = {
         "lpips_nn": round(float(found.distances[:, 0].mean()), 6),
+        "lpips_nn_of_test_images": round(float(yardstick.distances.mean()), 6),
         "lpips_network": lpips.name,
         "lpips_sha256": lpips.digest,
         "lpips_samples": count,
         "lpips_reference": f"{len(dataset.train_images)} train images",
+        "lpips_resize": "none",
     }
     return figures, metrics.neighbour_rows(generated, dataset.train_images, found.indices)
 

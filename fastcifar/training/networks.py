@@ -71,7 +71,7 @@ def trained_classifier(
         ValueError: there is none, it is a GAN's, or it knows another number of classes; the message names `option`.
     """
     saved = checkpoints.find(path, notify=print)
-    config = saved.state["config"]
+    config = saved.config
     name = config["model"]
     if name in models.list_models(gan=True):
         raise ValueError(f"{saved.path} holds the GAN {name}; {option} needs a classifier's run")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastcifar import validation
+from fastcifar.data.shard import PLACEMENTS
 
 
 def _option(default: Any, help: str, group: str, kind: type = str, **limits: Any) -> Any:
@@ -95,6 +96,10 @@ class Recipe:
     device: str = _option("auto", "auto, cpu, cuda or cuda:N", _SPEED)
     amp_dtype: str = _option("auto", "arithmetic of the network", _SPEED, choices=("auto", "bf16", "fp16", "fp32"))
     impl: str = _option("auto", "implementation of the fused operators", _SPEED, choices=validation.IMPLEMENTATIONS)
+    sync_bn: bool = _option(True, "with several processes: batch norm over the global batch", _SPEED, bool)
+    data_placement: str = _option(
+        "replicated", "training images on the devices: all on each, or a part on each", _SPEED, choices=PLACEMENTS
+    )
     cuda_graph: bool | None = _option(
         None, "replay each step as one CUDA graph; default: where it can be, on a single GPU", _SPEED, bool
     )
@@ -117,7 +122,7 @@ class Recipe:
     eval_every: int | None = _count(None, "steps between evaluations; default: five in a run; 0 for the last", _LIFE)
     eval_only: bool = _option(False, "evaluate the weights of --resume or --init-weights, train nothing", _LIFE, bool)
     tta: bool = _option(False, "also evaluate with mirrored and shifted copies of each image", _LIFE, bool)
-    nan: str = _option("stop", "on a loss or gradient that is not finite", _LIFE, choices=("stop", "skip"))
+    nan: str = _option("stop", "on a loss or gradient that is not finite", _LIFE, choices=("stop", "skip", "rollback"))
 
     tensorboard: bool = _option(False, "also log to TensorBoard", _LOGS, bool)
     wandb: bool = _option(False, "also log to Weights & Biases", _LOGS, bool)
