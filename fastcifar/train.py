@@ -9,7 +9,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _STARTED = time.perf_counter()
@@ -154,8 +154,24 @@ def _check(chosen: Recipe) -> None:
     trackers.check(chosen)
 
 
-def _backbone(chosen: Recipe) -> dict[str, torch.Tensor] | None:
-    return transfer.read_backbone(chosen.backbone, chosen.model) if chosen.backbone not in (None, "none") else None
+def _first_weights(
+    chosen: Recipe, saved: checkpoint.Checkpoint | None
+) -> Callable[[Classification | Adversarial], None]:
+    """Reads the weights from elsewhere that the run begins with, if any; returns what puts them into its task."""
+    source = checkpoint.find(chosen.init_weights, notify=print) if chosen.init_weights else None
+    backbone = None
+    if saved is None and chosen.backbone not in (None, "none"):
+        backbone = transfer.read_backbone(chosen.backbone, chosen.model)
+
+    def put(task: Classification | Adversarial) -> None:
+        if source is not None:
+            load_weights(task.model, source)
+        if backbone is not None:
+            transfer.load_backbone(task.model, backbone, chosen.backbone)
+        if source is not None or backbone is not None:
+            task.restart_average()
+
+    return put
 
 
 def _dry_run(chosen: Recipe, task: Classification | Adversarial) -> int:
@@ -275,8 +291,7 @@ def main(arguments: Sequence[str]) -> int:
     place = _place(chosen, saved)
     if chosen.nvtx:
         profiling.enable()
-    source = checkpoint.find(chosen.init_weights, notify=print) if chosen.init_weights else None
-    backbone = _backbone(chosen) if saved is None else None
+    put_first_weights = _first_weights(chosen, saved)
     settings = environment.prepare_process(device, deterministic=chosen.deterministic)
     dataset = data.load_dataset(chosen.dataset, chosen.data_dir, download=not parsed.dry_run, seed=0)
     chosen = recipe.with_budget(chosen, len(dataset.train_images))
@@ -288,12 +303,7 @@ def main(arguments: Sequence[str]) -> int:
         columns = run_folder.GAN_COLUMNS if gan else run_folder.COLUMNS
         shown = dataclasses.replace(chosen, kd_cache=False) if parsed.dry_run else chosen
         task = (Adversarial if gan else Classification)(shown, dataset, device, processes)
-        if source is not None:
-            load_weights(task.model, source)
-            task.restart_average()
-        if backbone is not None:
-            transfer.load_backbone(task.model, backbone, chosen.backbone)
-            task.restart_average()
+        put_first_weights(task)
         if parsed.dry_run:
             return _dry_run(chosen, task)
         folder = run_folder.RunFolder(place, saved.step if saved else 0, columns) if processes.is_first else None
