@@ -181,10 +181,12 @@ def _dry_run(chosen: Recipe, task: Classification | Adversarial) -> int:
     print(f"parameters: {models.count_parameters(task.model)}")
     seconds, by_kind = 0.0, {}
     for phase in transfer.phases(chosen.phases, chosen.steps):
+        if phase.start == phase.stop:
+            continue
         if phase.frozen not in by_kind:
             by_kind[phase.frozen] = _step_seconds(task, phase.start)
         seconds += by_kind[phase.frozen] * (phase.stop - phase.start)
-        if chosen.phases and phase.stop > phase.start:
+        if chosen.phases:
             kind = ", the head alone" if phase.frozen else ""
             print(f"steps {phase.start + 1} to {phase.stop}: learning rate × {phase.factor:g}{kind}")
     per_step = f"{1000 * seconds / chosen.steps:.1f} ms a step on {task.device}"
