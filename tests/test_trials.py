@@ -1,10 +1,12 @@
-"""Alternatives of a training with several seeds; the halves of a data set that a transfer is measured on."""
+"""What is measured by training: alternatives with several seeds, halves of a data set, the first steps of a preset."""
 
 import numpy
+import torch
 from training_case import TINY, write_tiny
 
-from benchmarks import transfer, trials
+from benchmarks import first_steps, transfer, trials
 from fastcifar import data
+from fastcifar.training import recipe
 
 
 def test_each_alternative_is_trained_once_with_each_seed(tmp_path, monkeypatch):
@@ -33,3 +35,14 @@ def test_halves_of_a_data_set_share_no_class(tmp_path):
         assert numpy.array_equal(part.train_images, whole.train_images[chosen])
         assert numpy.array_equal(part.train_labels, whole.train_labels[chosen] - first)
     assert sum(len(part.test_images) for part in parts) == len(whole.test_images)
+
+
+def test_the_first_steps_of_a_preset(tmp_path, monkeypatch):
+    source = write_tiny(tmp_path / "tiny.npz")
+    flags = {"preset": "resnet_cifar10", "dataset": source, "steps": 3, "batch_size": 10, "amp_dtype": "fp32"}
+    flags |= {"model_options": {"widths": (4, 4, 8, 8)}, "tta": True, "cutout": 0}
+    row = first_steps.measure(flags, torch.device("cpu"), test_images=20)
+    assert (row["steps"], row["whole preset, steps"], row["test images"]) == (3, 30 * 100 // 10, 20)
+    assert row["whole preset, hours here"] == row["seconds a step"] * 300 / 3600
+    assert 0 <= row["test accuracy, %"] <= 100 and 0 <= row["with TTA, %"] <= 100
+    assert row["peak MiB"] > 0 and recipe.PRESETS["resnet_cifar10"]["epochs"] == 30
