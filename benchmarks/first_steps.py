@@ -27,9 +27,8 @@ def measure(flags: dict[str, Any], device: torch.device, test_images: int) -> di
     whole = recipe.resolve({k: v for k, v in flags.items() if k != "steps"}, has_gpu=device.type == "cuda")
     whole = recipe.with_budget(whole, len(dataset.train_images))
     chosen = recipe.with_budget(chosen, len(dataset.train_images))
-    fewer = dataclasses.replace(
-        dataset, test_images=dataset.test_images[:test_images], test_labels=dataset.test_labels[:test_images]
-    )
+    few = slice(max(test_images, 1))
+    fewer = dataclasses.replace(dataset, test_images=dataset.test_images[few], test_labels=dataset.test_labels[few])
     task = Classification(chosen, fewer, device, distributed.Processes())
     if chosen.backbone not in (None, "none"):
         tensors = transfer.read_backbone(chosen.backbone, chosen.model)

@@ -37,12 +37,13 @@ def test_halves_of_a_data_set_share_no_class(tmp_path):
     assert sum(len(part.test_images) for part in parts) == len(whole.test_images)
 
 
-def test_the_first_steps_of_a_preset(tmp_path, monkeypatch):
+def test_the_first_steps_of_a_preset(tmp_path):
     source = write_tiny(tmp_path / "tiny.npz")
     flags = {"preset": "resnet_cifar10", "dataset": source, "steps": 3, "batch_size": 10, "amp_dtype": "fp32"}
     flags |= {"model_options": {"widths": (4, 4, 8, 8)}, "tta": True, "cutout": 0}
     row = first_steps.measure(flags, torch.device("cpu"), test_images=20)
     assert (row["steps"], row["whole preset, steps"], row["test images"]) == (3, 30 * 100 // 10, 20)
     assert row["whole preset, hours here"] == row["seconds a step"] * 300 / 3600
+    assert "test images" not in first_steps.measure(flags, torch.device("cpu"), test_images=0)
     assert 0 <= row["test accuracy, %"] <= 100 and 0 <= row["with TTA, %"] <= 100
     assert row["peak MiB"] > 0 and recipe.PRESETS["resnet_cifar10"]["epochs"] == 30
