@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import reporting, static, traffic
+from benchmarks import promises, reporting, static, traffic
 
 
 def stored(name: str) -> dict[str, Any]:
@@ -188,7 +188,13 @@ def first_steps_table() -> str:
     return f"{markdown(rows)}\n`benchmarks/results/first-steps-MODEL-PRESET.json`, each with its command.\n"
 
 
+def promises_table() -> str:
+    """Each promise, what tries to break it, and what came of it."""
+    return f"{markdown(promises.rows())}{source('promises')}{source('kills')}"
+
+
 TABLES = {
+    "promises": promises_table,
     "transfer": lambda: trials_table("transfer-cpu"),
     "distil": lambda: trials_table("distil-cpu"),
     "first-steps": first_steps_table,

@@ -95,10 +95,11 @@ def test_stopping_and_going_on_gives_the_same_result(source, tmp_path, capsys, m
     assert [row["train_loss"] for row in rows] == wholes
 
 
-def test_going_on_with_other_options_is_refused_by_name(source, capsys):
+@pytest.mark.parametrize("resume", [["--resume", "run"], ["--resume", "auto", "--output", "run"]], ids=["path", "auto"])
+def test_going_on_with_other_options_is_refused_by_name(resume, source, capsys):
     assert status_of(start(source, "--steps", 4, "--output", "run")) == 0
     capsys.readouterr()
-    assert status_of(["--resume", "run", "--lr", 0.9, "--seed", 5]) == 2
+    assert status_of([*resume, "--lr", 0.9, "--seed", 5]) == 2
     message = capsys.readouterr().err
     assert "lr: 0.4 → 0.9" in message and "seed: 0 → 5" in message and len(message.splitlines()) == 1
 
