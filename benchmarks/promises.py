@@ -43,7 +43,7 @@ PROMISES = (
     Promise(
         "So is one that was killed at random moments, again and again (SIGKILL, `--resume auto`)",
         ("test_kills.py",),
-        "{kill_count} kills of {run_count} runs, {inside} of them inside a save: {bytes_lost} of {tensor_bytes} bytes lost",
+        "{kill_count} kills of {run_count} runs, {inside} inside a save: {bytes_lost} of {tensor_bytes} bytes lost",
     ),
     Promise(
         "A checkpoint is complete or absent",

@@ -26,7 +26,6 @@ RECIPES = {
 }  # fmt: skip
 # Operations a value: the normalisation's two; brightness, contrast, grey, saturation; the share of a partner.
 OPERATIONS = {"color_jitter": 20, "mixup": 5}
-# At least as many times faster than plain PyTorch.
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,6 @@ from benchmarks.timing import DEVICE
 from fastcifar import dispatch
 from fastcifar.nn import AdaptiveWeightedHinge
 
-# Goals: the share of a plain step that the weighting may add, and how many times faster it must be than one by tensors.
-
 
 class Case:
     """Logits, and the gradients of both losses for every parameter, as two backward passes leave them."""

@@ -16,8 +16,6 @@ from benchmarks.gan_case import Discriminator
 from benchmarks.timing import DEVICE
 from fastcifar.nn import SpectralNormGroup
 
-# At least as many times faster than torch's parametrisations, and than batched matrix products by shape.
-
 
 class Loss(torch.autograd.Function):
     """A number whose gradients with respect to the weights are given: what the rest of a network costs the least."""

@@ -13,7 +13,7 @@ import numpy
 import torch
 
 from fastcifar import command_line, data, metrics, models, validation
-from fastcifar.training import cas, checkpoint, classify, confusion, environment, evaluation, judging, recipe, sampling
+from fastcifar.training import cas, checkpoint, confusion, environment, evaluation, judging, networks, recipe, sampling
 from fastcifar.training.gan import load_gan
 from fastcifar.training.options import Recipe
 from fastcifar.training.recipe import names
@@ -75,8 +75,8 @@ def _classifier(
     device: torch.device,
     output: pathlib.Path,
 ) -> dict[str, Any]:
-    model = classify.build_model(chosen, dataset)
-    classify.load_weights(model, saved)
+    model = networks.build_model(chosen, dataset)
+    networks.load_weights(model, saved)
     model = model.to(device=device, memory_format=torch.channels_last)
     amp_dtype = environment.DTYPES[environment.choose_amp_dtype(parsed.amp_dtype, device)]
     settings = {"device": device, "amp_dtype": amp_dtype}

@@ -68,3 +68,15 @@ def check_stages(model: str, widths: Sequence[int], strides: Sequence[int]) -> N
             raise ValueError(f"{model}: {name} must be ints ≥ 1, got {tuple(values)}")
     if len(widths) != len(strides):
         raise ValueError(f"{model}: {len(widths)} widths {tuple(widths)} need as many strides, got {tuple(strides)}")
+
+
+def backbone(model: nn.Module) -> dict[str, nn.Module]:
+    """All parts of a classifier but its head, by name: what a transfer takes over and may freeze.
+
+    Raises:
+        ValueError: no part is called "head" or "fc".
+    """
+    parts = dict(model.named_children())
+    if not {"head", "fc"} & parts.keys():
+        raise ValueError(f"{type(model).__name__} has no part called head or fc, so no backbone before it")
+    return {name: part for name, part in parts.items() if name not in ("head", "fc")}
