@@ -32,7 +32,7 @@ def small_disk(tmp_path):
     if mounted.returncode:
         pytest.skip(f"may not mount a file system here: {mounted.stderr.decode().strip()}")
     yield place
-    subprocess.run(["umount", str(place)], check=True)
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def fill(place):
