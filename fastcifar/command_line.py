@@ -57,6 +57,23 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
+def numbers(option: str, text: str) -> list[int]:
+    """0-3,7 → [0, 1, 2, 3, 7].
+
+    Raises:
+        ValueError: not such a list.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f"{option} must be numbers such as 0-7 or 3,14,15, got {text!r}")
+        found += range(int(first), int(last if dash else first) + 1)
+    if not found:
+        raise ValueError(f"{option} {text!r} names no number")
+    return found
+
+
 def run(name: str, main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs `main(arguments)` and exits with its status; a `ValueError` or `OSError` becomes one line and status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
