@@ -50,10 +50,11 @@ def whole_number(text: str) -> int:
 
 
 def number(text: str) -> float:
-    """A float from a command line."""
+    """A float from a command line; 8/255 is a number too."""
+    numerator, slash, denominator = text.partition("/")
     try:
-        return float(text)
-    except ValueError:
+        return float(numerator) / float(denominator) if slash else float(text)
+    except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 

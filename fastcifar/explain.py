@@ -1,4 +1,4 @@
-"""`python -m fastcifar.explain`: what a trained classifier looks at, as a picture of Grad-CAM and integrated gradients."""
+"""`python -m fastcifar.explain`: where a trained classifier looks, as a picture."""
 
 from __future__ import annotations
 

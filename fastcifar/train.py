@@ -224,6 +224,7 @@ def main(arguments: Sequence[str]) -> int:
     source = checkpoint.find(chosen.init_weights, notify=print) if chosen.init_weights else None
     settings = environment.prepare_process(device, deterministic=chosen.deterministic)
     dataset = data.load_dataset(chosen.dataset, chosen.data_dir, download=not parsed.dry_run, seed=0)
+    dataset = data.hold_out(dataset, chosen.holdout)
     chosen = recipe.with_budget(chosen, len(dataset.train_images))
     distributed.join(processes, device)
     try:

@@ -17,6 +17,7 @@ from fastcifar.training.checkpoint import Checkpoint, CheckpointError
 from fastcifar.training.ema import WeightAverage
 from fastcifar.training.optimisers import GuardedStep, build_optimiser
 from fastcifar.training.options import Recipe
+from fastcifar.training.robustness import AdversarialTraining
 from fastcifar.training.state import by_part, load_optimiser, optimiser_tensors
 
 
@@ -96,6 +97,9 @@ class Classification:
         if recipe.compile:
             self._forward = torch.compile(self._forward)
         self.loader = self._build_loader()
+        self.attack = None
+        if recipe.adversarial != "off":
+            self.attack = AdversarialTraining(recipe, dataset, device, self.amp_dtype)
         # On a GPU always static: a captured step then equals the same step as it is.
         self.feed = Feed(device, static=device.type == "cuda")
         self.graph, self.graph_notice = build_graph(self.compute, device, recipe, self.amp_dtype, processes.world_size)
@@ -165,16 +169,26 @@ class Classification:
             self.feed.number("share", self.ema.share(step))
         if self._has_dropout:
             torch.manual_seed((self.recipe.seed * 1_000_003 + step) * 4_096 + self.processes.rank)
+        if self.attack is not None:
+            size = tuple(batch.images.shape[2:])
+            self.feed.put("start", self.attack.start(step, len(batch.labels), self.processes.rank, size))
         self.seen += len(batch.labels)
 
     def compute(self) -> None:
         """The step's work on the device."""
         feed, labels = self.feed, self.feed["labels"]
         amp = self.amp_dtype != torch.float32
+        images, changed = feed["images"], None
+        if self.attack is not None:
+            with annotate("attack"):
+                images, changed = self.attack.images(self.model, images, labels, feed["start"])
         with annotate("forward"), torch.autocast(self.device.type, self.amp_dtype, enabled=amp, cache_enabled=True):
-            logits = self._forward(feed["images"])
+            logits = self._forward(images)
+            changed = None if changed is None else self._forward(changed)
         with annotate("loss"):
             loss = self._loss(logits.float(), labels)
+            if changed is not None:
+                loss = loss + self.attack.penalty(logits, changed)
         self.update(loss, feed["step"], feed["rate"])
         if self.ema is not None:
             with annotate("average"):
