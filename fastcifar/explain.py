@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Sequence
 
 from fastcifar import command_line, data, validation
-from fastcifar.deploy import explanation, programs
+from fastcifar.deploy import explanation
 from fastcifar.training import checkpoint, run_folder, trained
 
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
         ValueError, OSError: a mistake of the user; the message says what to do.
     """
     parsed = _parser().parse_args(arguments)
-    programs.require("explain", "captum")
+    validation.require("explain", "captum")
     split = validation.choose("--split", parsed.split, ("test", "train"))
     chosen = command_line.numbers("--images", parsed.images)
     model, recipe, dataset, saved = trained.load_classifier(parsed.checkpoint, parsed.dataset, parsed.data_dir)

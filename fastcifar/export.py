@@ -78,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
     parsed = _parser().parse_args(arguments)
     kind = validation.choose("--format", parsed.format, programs.FORMATS)
     if kind == "onnx":
-        programs.require("export", "onnx", "onnxscript", "onnxruntime")
+        validation.require("export", "onnx", "onnxscript", "onnxruntime")
     saved = checkpoint.find(parsed.checkpoint, notify=print)
     name = trained.read_recipe(saved).model
     gan = name in models.list_models(gan=True)

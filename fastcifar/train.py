@@ -29,12 +29,17 @@ _NOT_FINITE, _SAVE_FAILED = 3, 4
 
 
 def _parser() -> command_line.Parser:
-    parser = command_line.Parser(
-        prog="python -m fastcifar.train",
-        description="Trains a network. The last line printed is the result, one JSON object.",
+    parser = recipe_parser(
+        "python -m fastcifar.train", "Trains a network. The last line printed is the result, one JSON object."
     )
-    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of options; flags win over it")
     parser.add_argument("-n", "--dry-run", action="store_true", help="show configuration, size and time, train nothing")
+    return parser
+
+
+def recipe_parser(prog: str, description: str) -> command_line.Parser:
+    """A parser of every option of `Recipe`, of --config and of --model-option; `flags_of` reads what it parsed."""
+    parser = command_line.Parser(prog=prog, description=description)
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of options; flags win over it")
     kinds = {int: command_line.whole_number, float: command_line.number, str: str}
     groups: dict[str, Any] = {}
     for option in options():
@@ -72,7 +77,12 @@ def _value(text: str) -> Any:
     return {"true": True, "false": False}.get(text.lower(), text)
 
 
-def _flags(arguments: Any) -> dict[str, Any]:
+def flags_of(arguments: Any) -> dict[str, Any]:
+    """The options of `Recipe` that were given, by name.
+
+    Raises:
+        UsageError: a --model-option that is no NAME=VALUE.
+    """
     given = {o.name: getattr(arguments, o.name) for o in options() if getattr(arguments, o.name) is not None}
     model_options = {}
     for text in arguments.model_option:
@@ -87,7 +97,7 @@ def _flags(arguments: Any) -> dict[str, Any]:
 
 def _resolve(arguments: Any, has_gpu: bool) -> tuple[Recipe, checkpoint.Checkpoint | None]:
     """The recipe, and the checkpoint to go on from; a resumed run brings its own options along."""
-    flags = _flags(arguments)
+    flags = flags_of(arguments)
     config = recipe.read_config(arguments.config) if arguments.config else {}
     resume = flags.get("resume", config.get("resume"))
     if resume is None:

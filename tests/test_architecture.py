@@ -17,10 +17,11 @@ MAX_KERNEL = 80
 
 # Each layer may import those below it; the ground is open to all.
 LAYERS = [
-    {"train", "evaluate", "generate", "export", "doctor", "command_line"},
+    {"train", "evaluate", "generate", "export", "explain", "tune", "compress", "doctor", "command_line"},
+    {"deploy"},
     {"training"},
     {"models", "data", "metrics"},
-    {"nn", "fuse", "fusing"},
+    {"nn", "fuse", "fusing", "folding"},
     {"functional"},
     {"ops"},
     {"reference", "reference_spectral", "reference_aw_hinge", "kernels"},

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from fastcifar import validation
-from fastcifar.deploy.programs import require
 from fastcifar.folding import fold_batch_norm
 
 _STEPS, _COLUMNS = 64, 4
@@ -62,7 +61,7 @@ def explain(model: nn.Module, images: torch.Tensor, layer: str | None = None) ->
 
     Source: Selvaraju et al., Grad-CAM, 2017; Sundararajan, Taly and Yan, Axiomatic attribution for deep networks, 2017.
     """
-    require("explain", "captum")
+    validation.require("explain", "captum")
     from captum.attr import IntegratedGradients, LayerAttribution, LayerGradCam
 
     plain = fold_batch_norm(model)

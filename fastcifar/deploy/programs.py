@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastcifar import data
+from fastcifar import data, validation
 from fastcifar.folding import fold_batch_norm
 
 FORMATS = {"onnx": ".onnx", "torch": ".pt2"}
@@ -33,17 +32,6 @@ class Pixels(nn.Module):
         return self.classifier((images - self.mean) / self.std)
 
 
-def require(extra: str, *packages: str) -> None:
-    """Checks that the packages of an optional part are installed.
-
-    Raises:
-        ValueError: the first that is missing, and the line that installs it.
-    """
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(f"{package} is not installed; run `pip install 'fastcifar[{extra}]'`")
-
-
 def write(path: pathlib.Path, kind: str, model: nn.Module, inputs: Mapping[str, torch.Tensor], output: str) -> None:
     """Writes the folded model; the first dimension of every input and of the output stays free.
 
@@ -58,7 +46,7 @@ def write(path: pathlib.Path, kind: str, model: nn.Module, inputs: Mapping[str, 
         ValueError: a package is missing, or the model cannot be folded.
     """
     if kind == "onnx":
-        require("export", "onnx", "onnxscript", "onnxruntime")
+        validation.require("export", "onnx", "onnxscript", "onnxruntime")
     plain = fold_batch_norm(model)
     batch = torch.export.Dim("batch")
     shapes = tuple({0: batch} for _ in inputs)
@@ -80,7 +68,7 @@ def read(path: pathlib.Path, kind: str, threads: int = 0) -> Callable[..., torch
     """
     if kind == "torch":
         return torch.export.load(path).module()
-    require("export", "onnxruntime")
+    validation.require("export", "onnxruntime")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
