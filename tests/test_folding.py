@@ -36,7 +36,6 @@ def trained(model):
     return model.eval()
 
 
-
 def normalisations(model):
     return [m for m in model.modules() if isinstance(m, (nn.modules.batchnorm._BatchNorm, DepthwiseConvBNAct))]
 
