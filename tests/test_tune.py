@@ -79,11 +79,15 @@ def test_an_interrupted_search_goes_on(source, monkeypatch, capsys):
     assert "seed: 0 → 4" in capsys.readouterr().err
 
 
-def test_bad_trials_end_early(source, capsys):
-    assert tuned(source, "--search", "lr=0.05,1e-9", "--trials", 8, "--eval-every", 1, "--search-seed", 3) == 0
+def test_bad_trials_end_early(source, capsys, monkeypatch):
+    def row(self):
+        return {"test_loss": 1.0, "test_accuracy": 50.0 if self.recipe.lr > 0.01 else 10.0}
+
+    monkeypatch.setattr(train.Classification, "evaluation_row", row)
+    assert tuned(source, "--search", "lr=0.05,1e-9", "--trials", 8, "--eval-every", 1) == 0
     rows = json.loads(open("s/result.json").read())["trials"]
     pruned = [row for row in rows if row["pruned"]]
-    assert pruned and all(row["steps"] < 4 for row in pruned)
+    assert pruned and all(row["steps"] < 4 and row["lr"] == 1e-9 for row in pruned)
     assert all(row["steps"] == 4 for row in rows if not row["pruned"])
     assert result_of(capsys)["best"] == {"lr": 0.05}
 

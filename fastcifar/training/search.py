@@ -232,12 +232,14 @@ class Search:
 
     def rows(self) -> list[dict[str, Any]]:
         """The finished trials, best first: number, accuracy, steps, seconds, and the searched options."""
+        from optuna.trial import TrialState
+
         rows = []
         for trial in self.finished():
             reported = trial.intermediate_values
             accuracy = reported[max(reported)] if reported else None
             facts = {"trial": trial.number, "accuracy": accuracy, **trial.user_attrs}
-            rows.append(facts | {"pruned": trial.value is None, **trial.params})
+            rows.append(facts | {"pruned": trial.state == TrialState.PRUNED, **trial.params})
         return sorted(rows, key=lambda row: (row["pruned"], -(row["accuracy"] or 0.0)))
 
 
