@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Discriminator(nn.Module):
@@ -76,27 +72,3 @@ def weigh_by_tensors(
         w_r = -rf / (r * r * f) if rf <= 0 else 0.0
     for parameter, real_part, fake_part in zip(parameters, real, fake, strict=True):
         parameter.grad = (w_r + 0.05) * real_part + (w_f + 0.05) * fake_part
-
-
-def take_turns(
-    variants: Mapping[str, tuple[Callable[[], None], Callable[[], None]]], rounds: int, warm_up: int = 5
-) -> dict[str, list[float]]:
-    """Seconds of each variant, (prepare, run), in each round."""
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(warm_up + rounds):
-        for name, (prepare, run) in variants.items():
-            prepare()
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            run()
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
-            if number >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
-    """The median over rounds of the ratio within a round."""
-    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))

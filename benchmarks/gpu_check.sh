@@ -1,42 +1,88 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can tell, in order of value, each stage with a time limit; results and logs go to $OUT.
-# One argument: the folder that holds CIFAR-100, for the short trainings at the end.
+# Everything that only a GPU can tell, in one call, without a network.
+#
+#   benchmarks/gpu_check.sh [--list] [DATA [STAGE…]]
+#
+# DATA: folder of CIFAR-100, or "synthetic" (the default). STAGE: some of the stages below, in that order; by default
+# all. Whatever is asked for, the package is installed first. --list only prints the commands. Stages stand in order of
+# value; each has a time limit, and all end within $TOTAL seconds (default 570): name the missing ones in another call.
+# aw_sngan and dcgan are judged by the classifier that `train` makes in the same call. After each stage $OUT holds
+# summary.txt and results.tar.gz: logs, measurements, run folders without checkpoints.
 set -u
-cd "$(dirname "$0")/.."
+here=$(cd "$(dirname "$0")/.." && pwd)
+list=
+if [ "${1:-}" = --list ]; then
+  list=1
+  shift
+fi
+data=${1:-synthetic}
+shift
+chosen=" ${*:-doctor tests train bench_steps bench_operators tune aw_sngan static dcgan memcheck} "
 OUT=${OUT:-gpu-results}
-mkdir -p "$OUT"
-data=${1:-}
-summary="$OUT/summary.txt"
-: >"$summary"
+TOTAL=${TOTAL:-570}
+work=$(mktemp -d)
+results=$work/results
+if [ "$data" = synthetic ]; then
+  set -- --dataset synthetic
+else
+  data=$(cd "$data" && pwd) || exit 2
+  set -- --data-dir "$data"
+fi
 
 stage() { # stage NAME SECONDS COMMAND…
-  local name=$1 limit=$2 started=$SECONDS
+  local name=$1 limit=$2 started=$SECONDS status left
   shift 2
-  timeout "$limit" "$@" >"$OUT/$name.log" 2>&1
-  local status=$?
-  printf '%-22s status %3d  %4d s  %s\n' "$name" "$status" $((SECONDS - started)) \
-    "$(tail -n 1 "$OUT/$name.log" | cut -c1-110)" | tee -a "$summary"
+  case "$chosen" in *" $name "*) ;; *) [ "$name" = install ] || return 0 ;; esac
+  if [ -n "$list" ]; then
+    printf '%s\t%s\n' "$name" "$*"
+    return
+  fi
+  left=$((TOTAL - SECONDS))
+  if [ "$left" -lt 15 ]; then
+    printf '%-16s no time left\n' "$name" | tee -a "$OUT/summary.txt"
+    return
+  fi
+  # Interrupted, pytest and training still keep what they have.
+  timeout --signal=INT --kill-after=10 "$((limit < left - 10 ? limit : left - 10))" "$@" >"$results/$name.log" 2>&1
+  status=$?
+  printf '%-16s status %3d  %4d s  %s\n' "$name" "$status" $((SECONDS - started)) \
+    "$(tail -n 1 "$results/$name.log" | cut -c1-120)" | tee -a "$OUT/summary.txt"
+  tar -czf "$OUT/results.tar.gz" -C "$work" --exclude=checkpoints results
 }
 
+if [ -z "$list" ]; then
+  mkdir -p "$OUT" "$results"
+  OUT=$(cd "$OUT" && pwd)
+  : >"$OUT/summary.txt"
+  # From another folder, so that the installed package is what runs.
+  cp -r "$here/tests" "$here/benchmarks" "$here/pyproject.toml" "$work/"
+  cd "$work" || exit 2
+fi
+
 export TRITON_DEFAULT_FP_FUSION=1
-stage install 240 python3 -m pip install --no-build-isolation --no-deps .
-# From another folder, so that the installed package is what runs.
-root=$PWD
-work=$(mktemp -d)
-cp -r tests benchmarks pyproject.toml "$work/"
-cd "$work"
+bench=(python3 -m pytest -q --benchmark-only --output "$results")
+stage install 240 python3 -m pip install --quiet --no-build-isolation --no-deps "$here"
 stage doctor 60 python3 -m fastcifar.doctor
-stage gpu_tests 300 python3 -m pytest -q -m gpu tests
-if command -v compute-sanitizer >/dev/null; then
+stage tests 200 python3 -m pytest -q -m gpu tests
+stage train 240 python3 -m fastcifar.train "$@" --preset fast --tta --output "$results/train"
+stage bench_steps 240 "${bench[@]}" benchmarks/test_bench_steps.py benchmarks/test_bench_gan_step.py \
+  benchmarks/test_bench_spectral.py benchmarks/test_bench_aw_hinge.py
+stage bench_operators 240 "${bench[@]}" benchmarks/test_bench_operators.py
+stage tune 180 python3 -m benchmarks.tune --output "$results"
+judge=()
+if [ -n "$list" ] || [ -f "$results/train/result.json" ]; then
+  judge=(--classifier "$results/train")
+fi
+stage aw_sngan 200 python3 -m fastcifar.train "$@" --model aw_sngan --steps 10000 ${judge[@]+"${judge[@]}"} \
+  --output "$results/aw_sngan"
+stage static 200 python3 -m benchmarks.static --sm 90 --output "$results"
+stage dcgan 120 python3 -m fastcifar.train "$@" --model dcgan --steps 5000 ${judge[@]+"${judge[@]}"} \
+  --output "$results/dcgan"
+if [ -n "$list" ] || command -v compute-sanitizer >/dev/null; then
   stage memcheck 120 compute-sanitizer --error-exitcode 9 python3 -m pytest -q -m gpu -k memcheck tests
 fi
-stage bench_depthwise 180 python3 -m benchmarks.depthwise --output "$OUT"
-stage tune 180 python3 -m benchmarks.tune --output "$OUT"
-stage static 180 python3 -m benchmarks.static --sm 90 --output "$OUT"
-if [ -n "$data" ]; then
-  stage train_demo 120 python3 -m fastcifar.train --data-dir "$data" --preset demo --output "$OUT/demo"
-  stage train_fast 400 python3 -m fastcifar.train --data-dir "$data" --preset fast --output "$OUT/fast"
+if [ -z "$list" ]; then
+  echo
+  cat "$OUT/summary.txt"
 fi
-cd "$root"
-echo
-cat "$summary"
+rm -rf "$work"

@@ -1,4 +1,4 @@
-"""What every measurement records: machine, versions, date, command; tables and JSON; fair timing of alternatives."""
+"""What every measurement records: machine, versions, date, command; tables and JSON."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import datetime
 import json
 import pathlib
 import platform
-import statistics
+import re
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from benchmarks import timing
 from fastcifar.training import environment
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
@@ -41,18 +41,9 @@ def __main__name() -> str | None:
     return spec.name.removesuffix(".__main__") if spec else None
 
 
-def interleaved(alternatives: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int = 2) -> dict[str, float]:
-    """Median seconds of each alternative, called in turns so that a noisy machine treats them alike."""
-    times: dict[str, list[float]] = {name: [] for name in alternatives}
-    for number in range(warmup + rounds):
-        for name, call in alternatives.items():
-            started = time.perf_counter()
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if number >= warmup:
-                times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in times.items()}
+def interleaved(calls: Mapping[str, timing.Call], *, rounds: int, warmup: int = 2) -> dict[str, float]:
+    """Median seconds of each call, in turns; device time on a GPU, with a warm L2 cache."""
+    return timing.medians(timing.in_turns(calls, rounds=rounds, warmup=warmup, l2="warm"))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -84,6 +75,30 @@ def save(name: str, content: Mapping[str, Any], folder: pathlib.Path | None = No
     parts = [f"{json.dumps(key)}: {_lines(value)}" for key, value in facts.items()]
     path.write_text("{\n " + ",\n ".join(parts) + "\n}\n", encoding="utf-8")
     return path
+
+
+def store(tables: Mapping[str, Sequence[Mapping[str, Any]]], folder: pathlib.Path = RESULTS) -> pathlib.Path:
+    """Keeps tables, each with its circumstances, in the folder's file of this device and torch; returns its path.
+
+    What that file holds under other names stays.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{device_name()}-torch{torch.__version__.split('+')[0]}.json"
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    kept |= {name: {"circumstances": circumstances(), "rows": rows} for name, rows in tables.items()}
+    parts = [
+        f'{json.dumps(name)}: {{"circumstances": {_lines(part["circumstances"])}, "rows": {_lines(part["rows"])}}}'
+        for name, part in sorted(kept.items())
+    ]
+    path.write_text("{\n " + ",\n ".join(parts) + "\n}\n", encoding="utf-8")
+    return path
+
+
+def device_name() -> str:
+    """The measured device as a file is named after it: "nvidia-h200", "amd-epyc-2cores"."""
+    gpu = torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if gpu else f"{environment.processor_name()} {torch.get_num_threads()}cores"
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
 
 
 def _lines(value: Any) -> str:

@@ -1,22 +1,12 @@
-"""`python -m benchmarks.tables`: writes the READMEs' tables from the stored results; `--check` only compares.
-
-A document says where with `<!-- table NAME -->` and `<!-- end -->`; what stands between them is replaced.
-"""
+"""Tables in Markdown of the results that have a file of their own; `benchmarks.report` writes them into documents."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import re
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import reporting, static, traffic
-
-ROOT = reporting.RESULTS.parent.parent
-DOCUMENTS = (ROOT / "README.md", ROOT / "kernels" / "README.md")
-PLACE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def stored(name: str) -> dict[str, Any]:
@@ -38,12 +28,21 @@ def _text(value: Any) -> str:
 
 
 def source(name: str) -> str:
-    """The line under a table: where its numbers come from."""
-    facts = stored(name)["circumstances"]
-    where = facts.get("gpu") or f"{facts['threads']} cores of {facts['processor']}, {facts['instructions']}"
+    """The line under a table of a result of its own: where its numbers come from."""
+    return origin(stored(name)["circumstances"], name)
+
+
+def origin(facts: Mapping[str, Any], name: str) -> str:
+    """Command, date, versions, device and file."""
     return (
-        f"\n`{facts['command']}`, {facts['date']}, torch {facts['torch']}, {where}: `benchmarks/results/{name}.json`.\n"
+        f"\n`{facts['command']}`, {facts['date']}, torch {facts['torch']}, {device(facts)}: "
+        f"`benchmarks/results/{name}.json`.\n"
     )
+
+
+def device(facts: Mapping[str, Any]) -> str:
+    """The measured device of these circumstances."""
+    return facts.get("gpu") or f"{facts['threads']} cores of {facts['processor']}, {facts['instructions']}"
 
 
 def static_table() -> str:
@@ -92,34 +91,6 @@ def demo_table() -> str:
     return markdown(rows)
 
 
-def fuse_table() -> str:
-    """A training step of torchvision's models, original and fused."""
-    rows = [{name: value for name, value in row.items() if name != "input"} for row in stored("fuse-cpu")["rows"]]
-    size = stored("fuse-cpu")["rows"][0]["input"]
-    return f"{markdown(rows)}\nOne training step, {size}, bfloat16.\n{source('fuse-cpu')}"
-
-
-def operators_table() -> str:
-    """The fused operators beside eager and compiled PyTorch."""
-    rows = stored("operators-cpu-bf16")["rows"]
-    kept = [{key: value for key, value in row.items() if key != "% of copy rate"} for row in rows]
-    return f"{markdown(kept)}\nForward and backward in training, bfloat16.\n{source('operators-cpu-bf16')}"
-
-
-def step_table() -> str:
-    """A whole training step of ds_resnet."""
-    found = stored("training_step")
-    rows = []
-    for row in found["rows"]:
-        if "loader" not in row["what"]:
-            rest = {key: value for key, value in row.items() if key != "what"}
-            rows.append({"ds_resnet, batch 512, bfloat16": row["what"], **rest})
-    memory = ", ".join(f"{what} {value:.0f}" for what, value in found["peak_mib"].items())
-    share, start = found["loader_percent_of_step"], found["start_up_seconds"]
-    text = f"Peak memory of a step, MiB: {memory}. The loader takes {share:.1f} % of the step; start to first step"
-    return f"{markdown(rows)}\n{text} {start:.1f} s.\n{source('training_step')}"
-
-
 def runs_table() -> str:
     """Longer trainings."""
     rows = []
@@ -166,11 +137,6 @@ def gan_table() -> str:
     )
 
 
-def gan_step_table() -> str:
-    """A whole step of aw_sngan."""
-    return markdown(stored("gan-step-cpu")["rows"]) + source("gan-step-cpu")
-
-
 def passes_table() -> str:
     """Each pass of the CPU core."""
     found = stored("passes-cpu")
@@ -185,54 +151,12 @@ def passes_table() -> str:
     return f"{chr(10).join(parts)}\n{text}\n{source('passes-cpu')}"
 
 
-def spectral_table() -> str:
-    """The discriminator's spectral norm."""
-    return markdown(stored("spectral-cpu")["rows"]) + source("spectral-cpu")
-
-
-def hinge_table() -> str:
-    """What the adaptive weights cost."""
-    step, weights = (markdown(stored(name)["rows"]) for name in ("hinge-step-cpu", "hinge-weights-cpu"))
-    return (
-        f"A step of aw_sngan's discriminator, batch 64, beside a plain hinge step:\n\n{step}\n"
-        f"The weighting alone, beside one tensor at a time:\n\n{weights}{source('hinge-weights-cpu')}"
-    )
-
-
 TABLES = {
     "passes": passes_table,
     "gan": gan_table,
-    "gan-step": gan_step_table,
-    "operators": operators_table,
-    "step": step_table,
     "runs": runs_table,
-    "hinge": hinge_table,
-    "spectral": spectral_table,
-    "fuse": fuse_table,
     "static": static_table,
     "traffic": traffic_table,
     "launches": launches_table,
     "demo": demo_table,
 }
-
-
-def filled(document: str) -> str:
-    """The document with its tables written anew."""
-    return PLACE.sub(lambda place: place[1] + TABLES[place[2]]() + place[3], document)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes, or with --check names the documents that differ; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a document differs")
-    check = parser.parse_args(arguments).check
-    stale = [path for path in DOCUMENTS if filled(path.read_text(encoding="utf-8")) != path.read_text(encoding="utf-8")]
-    for path in stale:
-        print(f"{path.relative_to(ROOT)}: {'differs from the stored results' if check else 'written'}")
-        if not check:
-            path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
-    return 1 if check and stale else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""A step of the spectral norm of aw_sngan's discriminator, advance and gradient, beside torch's and a batched one.
+"""Spectral norm of aw_sngan's discriminator: advance and normalise (forward), gradient (backward), beside torch's.
 
 Once with one forward pass, and once with the two of a GAN's step, D(real) and D(fake): torch's parametrisations advance
 and normalise in each, a group does it once.
@@ -11,12 +11,11 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from benchmarks import reporting
-from benchmarks.gan_case import DEVICE, Discriminator
-from fastcifar import native
+from benchmarks import agreement, timing
+from benchmarks.gan_case import Discriminator
+from benchmarks.timing import DEVICE
 from fastcifar.nn import SpectralNormGroup
 
-ROUNDS = 100
 # At least as many times faster than torch's parametrisations, and than batched matrix products by shape.
 OVER_TORCH, OVER_BATCHED = (10.0, 1.5) if DEVICE.type == "cuda" else (4.0, 1.0)
 
@@ -34,43 +33,75 @@ class Loss(torch.autograd.Function):
         return None, *ctx.gradients
 
 
-def step_of(network, passes, group=None):
-    """Advances u and v, normalises all weights and takes the gradients back to the original ones."""
-    layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
-    originals = [layer.parametrizations.weight.original for layer in layers]
-    gradients = [torch.randn_like(weight) for weight in originals]
+class Case:
+    """The weights of a discriminator, normalised by its parametrisations or by a group."""
 
-    def step():
-        for weight in originals:
+    def __init__(self, network, passes, make_group=None, compiled=False):
+        self.layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
+        self.originals = [layer.parametrizations.weight.original for layer in self.layers]
+        generator = torch.Generator().manual_seed(1)
+        self.gradients = [torch.randn(w.shape, generator=generator).to(w) for w in self.originals]
+        self.group = make_group(network) if make_group else None
+        self.passes, self.normalise = passes, torch.compile(self.weights) if compiled else self.weights
+
+    def weights(self):
+        return [layer.weight for layer in self.layers]
+
+    def step(self):
+        for weight in self.originals:
             weight.grad = None
-        if group is not None:
-            group.step()
-        losses = [Loss.apply(gradients, *[layer.weight for layer in layers]) for _ in range(passes)]
+        yield ""
+        if self.group is not None:
+            self.group.step()
+        losses = [Loss.apply(self.gradients, *self.normalise()) for _ in range(self.passes)]
+        yield "forward"
         sum(losses[1:], start=losses[0]).backward()
+        yield "backward"
 
-    return step
+    def results(self):
+        """The normalised weights of a first pass and the gradients of the original ones."""
+        if self.group is not None:
+            self.group.step()
+        weights = self.normalise()
+        for weight in self.originals:
+            weight.grad = None
+        Loss.apply(self.gradients, *weights).backward()
+        return [t.detach().double() for t in (*weights, *(w.grad for w in self.originals))]
 
 
-@pytest.mark.benchmark(group="spectral norm")
+@pytest.mark.benchmark(group="spectral norm", timer=timing.replayed)
 @pytest.mark.parametrize("passes", [1, 2])
-def test_spectral_norm_of_the_discriminator(benchmark, add_row, passes):
-    native.tune_allocator()
+def test_spectral_norm_of_the_discriminator(keep, smoke, effort, request, passes):
     network = Discriminator(spectral_norm).to(DEVICE)
-    batched, grouped = copy.deepcopy(network), copy.deepcopy(network)
-    variants = {
-        "torch": step_of(network, passes),
-        "batched matmul": step_of(batched, passes, SpectralNormGroup(batched, impl="reference")),
-        "group": step_of(grouped, passes, SpectralNormGroup(grouped)),
+
+    def case(make_group=None, compiled=False):
+        return Case(copy.deepcopy(network), passes, make_group, compiled)
+
+    cases = {
+        "group": case(SpectralNormGroup),
+        "torch": case(),
+        "batched products": case(lambda network: SpectralNormGroup(network, impl="reference")),
     }
-    seconds = reporting.interleaved(variants, rounds=ROUNDS, warmup=10)
-    ratios = {f"{name} / group": seconds[name] / seconds["group"] for name in ("torch", "batched matmul")}
-    add_row(
-        "spectral",
-        **{"layers": 7, "forward passes": passes},
-        **{f"{name}, ms": 1e3 * value for name, value in seconds.items()},
-        **ratios,
+    if not smoke and (DEVICE.type == "cuda" or request.config.getoption("--compile")):
+        cases["torch.compile"] = case(compiled=True)
+    exact = Case(copy.deepcopy(network).double(), passes).results()
+    refused = agreement.refused(
+        {name: c.results for name, c in cases.items()}, exact, eager="torch", ours="group", eps=2**-23
     )
-    benchmark.pedantic(variants["group"], rounds=5)
-    assert ratios["batched matmul / group"] >= OVER_BATCHED
-    # The goal is that of a GAN's step; a single pass is reported.
-    assert passes == 1 or ratios["torch / group"] >= OVER_TORCH
+    size = sum(weight.numel() for weight in cases["group"].originals)
+    source = torch.cat([weight.detach().flatten() for weight in cases["group"].originals])
+    target = torch.empty_like(source)
+    calls = {name: c.step for name, c in cases.items() if name not in refused} | {"copy": lambda: target.copy_(source)}
+    # W for W v, for Wᵀu and for W/σ, which is written; dW̄ and W̄ for dW.
+    rows, rounds = timing.measure(
+        calls, {"layers": len(cases["group"].layers), "forward passes": passes}, refused, copied=8 * size,
+        moved={"forward": 16 * size, "backward": 12 * size, "both": 28 * size},
+        operations={"forward": 5 * size, "backward": 4 * size, "both": 9 * size},
+        **(effort if smoke else effort | {"rounds": 100, "warmup": 10}),
+    )  # fmt: skip
+    keep("spectral", rows, rounds)
+    if not smoke:
+        ms = {row["what"]: row["ms"] for row in rows if row.get("phase") == "both"}
+        assert ms["batched products"] / ms["group"] >= OVER_BATCHED
+        # The goal is that of a GAN's step; a single pass is reported.
+        assert passes == 1 or ms["torch"] / ms["group"] >= OVER_TORCH

@@ -1,23 +1,23 @@
-"""`python -m benchmarks.training_step`: a whole training step of ours beside the same network in plain PyTorch.
-
-Also the loader's share of the step and the time from start to first step. Writes results/training_step.json.
-"""
+"""Whole training steps: networks as one would write them in plain PyTorch, the step itself, and what surrounds it."""
 
 from __future__ import annotations
 
-import argparse
-import pathlib
+import copy
+import functools
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import reporting
-from fastcifar import data, models, native
+from benchmarks import agreement, timing
+from benchmarks.timing import DEVICE
+from fastcifar import data
 
 
 class PlainBlock(nn.Module):
@@ -48,29 +48,133 @@ class PlainBlock(nn.Module):
         return F.relu(self.body(x) + self.shortcut(x), inplace=True)
 
 
-def plain_ds_resnet() -> nn.Module:
-    """ds_resnet without anything of fastcifar."""
-    layers: list[nn.Module] = [nn.Conv2d(3, 32, 3, 1, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True)]
-    inputs = 32
-    for outputs, stride in zip((32, 64, 96, 128), (1, 2, 2, 2), strict=True):
+def plain_ds_resnet(width: int = 1) -> nn.Module:
+    """ds_resnet without anything of fastcifar; width 2 is ds_resnet_x2."""
+    stem, *stages = (width * channels for channels in (32, 32, 64, 96, 128))
+    layers: list[nn.Module] = [nn.Conv2d(3, stem, 3, 1, 1, bias=False), nn.BatchNorm2d(stem), nn.ReLU(inplace=True)]
+    inputs = stem
+    for outputs, stride in zip(stages, (1, 2, 2, 2), strict=True):
         layers.append(PlainBlock(inputs, outputs, stride))
         inputs = outputs
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 100))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 100))
 
 
-def step_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, amp: bool) -> Callable[[], None]:
-    """A function that trains on one batch."""
-    model = model.to(images.device, memory_format=torch.channels_last)
-    optimiser = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, nesterov=True, fused=True)
+class Step:
+    """Training of one network on one batch, autocast to bfloat16; SGD with Nesterov momentum.
 
-    def step() -> None:
-        optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-            loss = F.cross_entropy(model(images), labels)
+    Args:
+        model: of any layout; it is moved to the images' device and to `layout`.
+        images: [N, 3, H, W]; float64 for a step without autocast.
+        labels: [N].
+        layout: of network and images.
+        compiled: options of torch.compile for the network, None: not compiled.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        layout: torch.memory_format = torch.channels_last,
+        compiled: dict | None = None,
+    ):
+        self.model = model.to(images.device, memory_format=layout)
+        self.images, self.labels = images.contiguous(memory_format=layout), labels
+        self._forward = self.model if compiled is None else torch.compile(self.model, **compiled)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._optimiser = torch.optim.SGD(parameters, 0.01, momentum=0.9, nesterov=True, fused=True)
+
+    def step(self) -> Iterator[str]:
+        """One step, for `timing.in_turns`."""
+        self._optimiser.zero_grad(set_to_none=True)
+        if self._forward is not self.model:
+            torch.compiler.cudagraph_mark_step_begin()
+        yield ""
+        loss = self._loss()
+        yield "forward"
         loss.backward()
-        optimiser.step()
+        yield "backward"
+        self._optimiser.step()
+        yield "optimiser"
 
-    return step
+    def results(self, count: int) -> list[torch.Tensor]:
+        """The loss of the first images, and the gradient of all parameters as one vector, float64."""
+        self._optimiser.zero_grad(set_to_none=True)
+        loss = self._loss(count)
+        loss.backward()
+        gradients = [p.grad.flatten() for p in self.model.parameters()]
+        return [loss.detach().double(), torch.cat(gradients).double()]
+
+    def _loss(self, count: int | None = None) -> torch.Tensor:
+        with torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.images.dtype != torch.float64):
+            return F.cross_entropy(self._forward(self.images[:count]), self.labels[:count])
+
+
+def compare(
+    original: nn.Module,
+    ours: nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    compiled: Mapping[str, dict],
+    checked: int,
+    **effort: Any,
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """Rows of a step of ours, of the original in both layouts, and of it compiled; and the rounds of ours.
+
+    Args:
+        original, ours: networks with the same parameters in the same order; ours takes the original's values.
+        images: [N, 3, H, W].
+        labels: [N].
+        compiled: options of torch.compile by the name of the row.
+        checked: so many images must give the loss and the gradients of float64.
+        effort: options of `timing.in_turns`.
+
+    Raises:
+        ArithmeticError: ours does not agree with float64; nothing was timed.
+    """
+    with torch.no_grad():
+        for mine, theirs in zip(ours.parameters(), original.parameters(), strict=True):
+            mine.copy_(theirs)
+    exact = Step(copy.deepcopy(original).double(), images[:checked].double(), labels[:checked]).results(checked)
+    steps = {"ours": Step(ours, images, labels), "eager": Step(copy.deepcopy(original), images, labels)}
+    steps["eager, contiguous"] = Step(copy.deepcopy(original), images, labels, layout=torch.contiguous_format)
+    for name, options in compiled.items():
+        steps[name] = Step(copy.deepcopy(original), images, labels, compiled=options)
+    results = {name: functools.partial(step.results, checked) for name, step in steps.items()}
+    refused = agreement.refused(results, exact, eager="eager", ours="ours", eps=torch.finfo(torch.bfloat16).eps)
+    calls = {name: step.step for name, step in steps.items() if name not in refused}
+    found = timing.in_turns(calls, **effort)
+    rows = [{"what": name, "refused": reason} for name, reason in refused.items()]
+    for name, phases in found.items():
+        seconds = statistics.median(timing.whole(phases))
+        row = {"what": name, "ms": 1e3 * seconds, "images/s": len(images) / seconds}
+        row |= {f"{phase}, ms": 1e3 * statistics.median(laps) for phase, laps in phases.items()}
+        rows.append(row | {"peak, MiB": timing.peak_mib(calls[name])})
+    return rows, timing.whole(found["ours"])
+
+
+def parts(step: Step, rounds: int = 5) -> dict[str, float]:
+    """Seconds of a step in the fused operators, in convolutions and in everything else, by torch.profiler.
+
+    On a CPU also what the profiler itself costs; on a GPU what the kernels take.
+    """
+    activity = torch.profiler.ProfilerActivity
+    on_gpu = DEVICE.type == "cuda"
+    timing.run(step.step)
+    with torch.profiler.profile(activities=[activity.CPU, *([activity.CUDA] if on_gpu else [])]) as profile:
+        for _ in range(rounds):
+            timing.run(step.step)
+    found = {"fused operators": 0.0, "convolutions": 0.0, "everything else": 0.0}
+    for event in profile.key_averages():
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # a kernel, which counts where it was launched
+        is_ours = event.key.startswith("fastcifar::")
+        part = "fused operators" if is_ours else "convolutions" if "convolution" in event.key else "everything else"
+        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        found[part] += microseconds / 1e6 / rounds
+    return found
 
 
 def start_up_seconds() -> float:
@@ -78,34 +182,24 @@ def start_up_seconds() -> float:
     code = (
         "import torch; from fastcifar import data; from fastcifar.training import recipe, distributed; "
         "from fastcifar.training.classify import Classification; d = data.load_dataset('synthetic'); "
-        "r = recipe.with_budget(recipe.resolve({'steps': 1}, has_gpu=False), len(d.train_images)); "
-        "Classification(r, d, torch.device('cpu'), distributed.Processes()).train_step(0)"
+        "gpu = torch.cuda.is_available(); "
+        "r = recipe.with_budget(recipe.resolve({'steps': 1}, has_gpu=gpu), len(d.train_images)); "
+        "Classification(r, d, torch.device('cuda' if gpu else 'cpu'), distributed.Processes()).train_step(0)"
     )
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True)
     return time.perf_counter() - started
 
 
-def peak_memory(what: str, batch_size: int, amp: bool) -> float | None:
-    """MiB that two training steps of a new process add to what network and batch take; None where unknown."""
-    code = (
-        "import re, pathlib, torch; from fastcifar import models, native; from benchmarks import training_step as t; "
-        "native.tune_allocator(); "
-        f"images = torch.randn({batch_size}, 3, 32, 32).contiguous(memory_format=torch.channels_last); "
-        f"labels = torch.zeros({batch_size}, dtype=torch.int64); "
-        f"model = t.plain_ds_resnet() if {what!r} == 'plain' else models.create_model('ds_resnet', impl={what!r}); "
-        f"t.step_of(model, images[:2], labels[:2], {amp})(); step = t.step_of(model, images, labels, {amp}); "
-        "status = pathlib.Path('/proc/self/status'); pathlib.Path('/proc/self/clear_refs').write_text('5'); "
-        "kib = lambda key: int(re.search(key + r':\\s+(\\d+)', status.read_text())[1]); "
-        "before = kib('VmRSS'); step(); step(); print((kib('VmHWM') - before) / 1024)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    return float(done.stdout) if done.returncode == 0 else None
+@functools.cache
+def dataset() -> data.ImageDataset:
+    """The synthetic images."""
+    return data.load_dataset("synthetic")
 
 
-def synthetic_loader(batch_size: int, dtype: torch.dtype) -> data.ResidentLoader:
+def loader(batch_size: int, dtype: torch.dtype) -> data.ResidentLoader:
     """Augmented batches of the synthetic images."""
-    made = data.load_dataset("synthetic")
+    made = dataset()
     return data.ResidentLoader(
         made.train_images,
         made.train_labels,
@@ -113,58 +207,7 @@ def synthetic_loader(batch_size: int, dtype: torch.dtype) -> data.ResidentLoader
         num_classes=100,
         mean=made.mean,
         std=made.std,
+        device=DEVICE,
         dtype=dtype,
         augmentation=data.Augmentation(crop_pad=4, hflip="alternating"),
     )
-
-
-def main() -> None:
-    """Measures, prints a table and writes the JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_step", description=__doc__)
-    parser.add_argument("--batch-size", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--amp-dtype", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--compile", action="store_true", help="also torch.compile of the plain network")
-    parser.add_argument("--output", type=pathlib.Path, help="folder of the JSON")
-    options = parser.parse_args()
-    amp = options.amp_dtype == "bf16"
-    tuned = native.tune_allocator()
-    loader = synthetic_loader(options.batch_size, torch.bfloat16 if amp else torch.float32)
-    batch = loader.batch(0)
-    images = batch.images.float().contiguous(memory_format=torch.channels_last)
-    alternatives = {
-        "fastcifar, auto": step_of(models.create_model("ds_resnet"), images, batch.labels, amp),
-        "fastcifar, reference": step_of(models.create_model("ds_resnet", impl="reference"), images, batch.labels, amp),
-        "plain PyTorch, channels-last": step_of(plain_ds_resnet(), images, batch.labels, amp),
-        "loader alone": lambda: loader.batch(1),
-    }
-    if options.compile:
-        alternatives["torch.compile"] = step_of(torch.compile(plain_ds_resnet()), images, batch.labels, amp)
-    seconds = reporting.interleaved(alternatives, rounds=options.rounds)
-    base = seconds["plain PyTorch, channels-last"]
-    rows = [
-        {"what": name, "ms": 1000 * value, "images/s": options.batch_size / value, "times plain": base / value}
-        for name, value in seconds.items()
-    ]
-    print(reporting.table(rows))
-    share = 100 * seconds["loader alone"] / seconds["fastcifar, auto"]
-    start_up = start_up_seconds()
-    memory = {what: peak_memory(what, options.batch_size, amp) for what in ("auto", "reference", "plain")}
-    print(
-        "\npeak memory of a step, MiB: " + ", ".join(f"{what} {value:.0f}" for what, value in memory.items() if value)
-    )
-    print(f"\nloader: {share:.2f} % of the step; start to first step: {start_up:.1f} s; allocator tuned: {tuned}")
-    content = {
-        "batch_size": options.batch_size,
-        "amp_dtype": options.amp_dtype,
-        "allocator_tuned": tuned,
-        "rows": rows,
-        "loader_percent_of_step": share,
-        "start_up_seconds": start_up,
-        "peak_mib": memory,
-    }
-    print(reporting.save("training_step", content, options.output))
-
-
-if __name__ == "__main__":
-    main()

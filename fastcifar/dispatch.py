@@ -192,6 +192,21 @@ def _spectral(function: str) -> list[Implementation]:
     ]
 
 
+def _kernel_augment(impl: str) -> Callable[[], Callable]:
+    def load() -> Callable:
+        from fastcifar.ops import augment
+
+        return functools.partial(augment.augment, impl=impl)
+
+    return load
+
+
+def _reference_augment() -> Callable:
+    from fastcifar import reference_augment
+
+    return reference_augment.augment
+
+
 _OPERATORS: dict[str, list[Implementation]] = {
     "depthwise_conv_bn_act": [
         Implementation(
@@ -216,6 +231,11 @@ _OPERATORS: dict[str, list[Implementation]] = {
     "spectral_normalize": _spectral("spectral_normalize"),
     # The same with u and v written in place, for `SpectralNormGroup`.
     "spectral_advance": _spectral("advance"),
+    "augment": [
+        Implementation("triton", _kernel_augment("triton"), _triton_obstacle, _triton_reluctance),
+        Implementation("native", _kernel_augment("native"), _native_obstacle),
+        Implementation("reference", _reference_augment, _always),
+    ],
 }
 
 

@@ -254,3 +254,68 @@ def spectral_normalize(
             for index, value in zip(chosen, part, strict=True):
                 whole[index] = value
     return results
+
+
+def augment(
+    images: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    step: int | torch.Tensor,
+    seed: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    first: int = 0,
+    count: int | None = None,
+    flips: torch.Tensor | None = None,
+    random_flip: bool = False,
+    crop_pad: int = 0,
+    crop_mode: str = "reflect",
+    color_jitter: float = 0.0,
+    cutout: int = 0,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """A batch of augmented, normalised images out of a set of bytes, or one rank's part of it.
+
+    Crop, flip, colour jitter, normalisation, cutout, then mixup or cutmix with the image some places further along the
+    batch. Every draw is a pure function of (seed, step, position in the batch), by Philox4x32-10.
+
+    Args:
+        images: uint8 [N, H, W, 3], contiguous: the whole set.
+        indices: int64 [B], in [0, N): the images of the batch. One out of range raises on a CPU and on a GPU gives an
+            image of NaN (triton) or a device-side assertion (reference).
+        step: in [0, 2⁶³), or one int64 number on the device, so that a captured CUDA graph can advance it.
+        seed: in [0, 2⁶³).
+        mean, std: of each channel, of values in [0, 1].
+        first, count: the positions to make; by default all B.
+        flips: bool [B], which images to mirror; or `random_flip`, half of them.
+        crop_pad, crop_mode, color_jitter, cutout, mixup, cutmix: as in `fastcifar.data.Augmentation`.
+        dtype: of the result; computed in float32 (by the reference in float64 for float64).
+        impl: "auto" takes the best implementation that can run; a name ("triton", "native", "reference") runs that
+            one or raises.
+
+    Returns:
+        The images [count, 3, H, W], channels-last; with mixup or cutmix the indices of their partners, int64 [count],
+        and the partners' share of the targets, float32 [count], else None and None.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or options that do not fit.
+        RuntimeError: the named `impl` cannot run this call.
+    """
+    name = "augment"
+    validation.check_implementation(name, impl)
+    count = len(indices) - first if count is None else count
+    validation.check_augment(
+        name, images, indices, step=step, seed=seed, mean=mean, std=std, first=first, count=count, flips=flips,
+        random_flip=random_flip, dtype=dtype,
+    )  # fmt: skip
+    options = {"crop_pad": crop_pad, "crop_mode": crop_mode, "color_jitter": color_jitter, "cutout": cutout}
+    options |= {"mixup": mixup, "cutmix": cutmix}
+    validation.check_augmentation(name, **options, size=images.shape[1:3])
+    run = dispatch.select(name, impl, dispatch.Call(device=images.device, dtype=dtype))
+    return run(
+        images, indices, step=step, seed=seed, mean=mean, std=std, first=first, count=count, flips=flips,
+        random_flip=random_flip, dtype=dtype, **options,
+    )  # fmt: skip

@@ -7,17 +7,27 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+# Names of the decorated operators.
+OPERATORS: set[str] = set()
 _domain: Any = None
 _NOTHING = contextlib.nullcontext()
 
 
-def enable() -> None:
-    """Ranges from now on, in the NVTX domain "fastcifar".
+def enable(domain: Any = None) -> None:
+    """Ranges from now on, in the NVTX domain "fastcifar", or in what takes its place.
+
+    Args:
+        domain: has `get_event_attributes(message=…)`, `push_range(attributes)` and `pop_range()`, as a domain of the
+            package nvtx has.
 
     Raises:
         ValueError: the package nvtx is missing.
     """
     global _domain
+    if domain is not None:
+        _attributes.cache_clear()
+        _domain = domain
+        return
     try:
         import nvtx
     except ImportError as error:
@@ -64,6 +74,8 @@ def annotated(name: str) -> Callable[[Callable], Callable]:
     """Makes each call of the decorated function a range; for functions that torch.compile does not trace."""
 
     def decorate(function: Callable) -> Callable:
+        OPERATORS.add(name)
+
         @functools.wraps(function)
         def call(*arguments: Any, **options: Any) -> Any:
             if _domain is None:

@@ -39,20 +39,41 @@ class _SumOverRanks(torch.autograd.Function):
         return _SumOverRanks.apply(gradient.contiguous(), ctx.process_group), None
 
 
+class _GatherOverRanks(torch.autograd.Function):
+    """[K] of each rank → [ranks, K] on all."""
+
+    @staticmethod
+    def forward(ctx, tensor, process_group):
+        ctx.process_group = process_group
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(process_group))]
+        dist.all_gather(parts, tensor, group=process_group)
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        total = _SumOverRanks.apply(gradient.contiguous(), ctx.process_group)
+        return total[dist.get_rank(ctx.process_group)], None
+
+
 def _synchronised_batch_norm(y, weight, bias, running_mean, running_var, momentum, eps, process_group):
-    """Batch norm over the batches of all ranks, which may differ in size (two sums, the second about the mean)."""
+    """Batch norm over the batches of all ranks, which may differ in size: one all-gather of (count, mean, M2) forward,
+    one all-reduce backward."""
     dtype = torch.promote_types(y.dtype, torch.float32)
     values = y.to(dtype)
     axes = [0, *range(2, y.dim())]
     shape = [1, -1] + [1] * (y.dim() - 2)
-    count = torch.tensor([y.numel() // y.shape[1]], dtype=torch.float64, device=y.device)
-    dist.all_reduce(count, group=process_group)
-    if count.item() == 1:
+    count = y.numel() // y.shape[1]
+    own_mean = values.sum(axes) / max(count, 1)
+    own_squares = (values - own_mean.view(shape)).square().sum(axes)
+    own = torch.cat([values.new_tensor([float(count)]), own_mean, own_squares])
+    table = _GatherOverRanks.apply(own, process_group)  # [ranks, 1 + 2·C]
+    counts, (means, squares) = table[:, :1].detach(), table[:, 1:].unflatten(1, (2, -1)).unbind(1)
+    total = counts.sum()
+    if count < 2 and float(total) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(y.shape)}")
-    total = count.to(dtype)
-    mean = _SumOverRanks.apply(values.sum(axes), process_group) / total
+    mean = (counts * means).sum(0) / total
+    variance = (squares + counts * (means - mean).square()).sum(0) / total
     centred = values - mean.view(shape)
-    variance = _SumOverRanks.apply(centred.square().sum(axes), process_group) / total
     if running_mean is not None:
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)

@@ -16,7 +16,7 @@ _STARTED = time.perf_counter()
 
 import torch  # noqa: E402
 
-from fastcifar import command_line, data, models  # noqa: E402
+from fastcifar import command_line, data, models, profiling  # noqa: E402
 from fastcifar.training import checkpoint, distributed, environment, loop, recipe, run_folder, trackers  # noqa: E402
 from fastcifar.training.adversarial import Adversarial  # noqa: E402
 from fastcifar.training.classify import Classification, load_weights  # noqa: E402
@@ -231,6 +231,8 @@ def main(arguments: Sequence[str]) -> int:
     processes = distributed.from_environment()
     device = environment.choose_device(chosen.device, processes.local_rank)
     place = _place(chosen, saved)
+    if chosen.nvtx:
+        profiling.enable()
     source = checkpoint.find(chosen.init_weights, notify=print) if chosen.init_weights else None
     settings = environment.prepare_process(device, deterministic=chosen.deterministic)
     dataset = data.load_dataset(chosen.dataset, chosen.data_dir, download=not parsed.dry_run, seed=0)
@@ -238,6 +240,7 @@ def main(arguments: Sequence[str]) -> int:
     chosen = recipe.with_budget(chosen, len(dataset.train_images))
     distributed.join(processes, device)
     try:
+        processes.check_same("begins after step", saved.step if saved else 0)
         gan = chosen.model in models.list_models(gan=True)
         columns = run_folder.GAN_COLUMNS if gan else run_folder.COLUMNS
         task = (Adversarial if gan else Classification)(chosen, dataset, device, processes)

@@ -235,3 +235,86 @@ def check_spectral(
                     f"{operator}: {label}[{index}] is on {tensor.device} but weights[0] is on {weights[0].device}; "
                     "move one of them"
                 )
+
+
+def check_augmentation(
+    operator: str,
+    *,
+    crop_pad: int,
+    crop_mode: str,
+    color_jitter: float,
+    cutout: int,
+    mixup: float,
+    cutmix: float,
+    size: tuple[int, int] | None = None,
+) -> None:
+    """Options of the augmentations; with the images' size also what depends on it."""
+    if crop_mode not in ("reflect", "zero"):
+        raise ValueError(f"{operator}: {_unknown('crop_mode', crop_mode, ('reflect', 'zero'))}")
+    for name, value in (("crop_pad", crop_pad), ("cutout", cutout)):
+        if not isinstance(value, int) or not 0 <= value < 1 << 30:
+            raise ValueError(f"{operator}: {name} must be a whole number of pixels in [0, 2^30), got {value!r}")
+    if not 0.0 <= color_jitter <= 1.0:
+        raise ValueError(f"{operator}: color_jitter must lie in [0, 1], got {color_jitter!r}")
+    for name, value in (("mixup", mixup), ("cutmix", cutmix)):
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"{operator}: {name} must be ≥ 0 and finite, got {value!r}")
+    if mixup and cutmix:
+        raise ValueError(f"{operator}: mixup and cutmix exclude each other; set one of them to 0")
+    if size is not None and crop_mode == "reflect" and crop_pad >= min(size):
+        raise ValueError(f"{operator}: crop_pad {crop_pad} must be below the image size {tuple(size)} to reflect")
+
+
+def check_augment(
+    operator: str,
+    images: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    step: int | torch.Tensor,
+    seed: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    first: int,
+    count: int,
+    flips: torch.Tensor | None,
+    random_flip: bool,
+    dtype: torch.dtype,
+) -> None:
+    """What an augmented batch is made of: tensors, draws, range of positions."""
+    if images.dim() != 4 or images.shape[3] != 3 or images.dtype != torch.uint8 or images.numel() == 0:
+        raise ValueError(f"{operator}: images must be uint8 (N, H, W, 3), got {images.dtype} {tuple(images.shape)}")
+    if not images.is_contiguous():
+        raise ValueError(f"{operator}: images must be contiguous, once for all calls: images = images.contiguous()")
+    if images.shape[1] * images.shape[2] >= 1 << 28:
+        raise ValueError(f"{operator}: an image must have fewer than 2^28 pixels, got {tuple(images.shape[1:3])}")
+    if indices.dim() != 1 or indices.dtype != torch.int64:
+        raise ValueError(f"{operator}: indices must be int64 (B,), got {indices.dtype} {tuple(indices.shape)}")
+    tensors = {"indices": indices}
+    if flips is not None:
+        tensors["flips"] = flips
+        if random_flip:
+            raise ValueError(f"{operator}: flips are given, so random_flip must be False")
+        if flips.shape != indices.shape or flips.dtype != torch.bool:
+            raise ValueError(
+                f"{operator}: flips must be bool ({len(indices)},) like indices, got {flips.dtype} {tuple(flips.shape)}"
+            )
+    if isinstance(step, torch.Tensor):
+        tensors["step"] = step
+        if step.numel() != 1 or step.dtype != torch.int64:
+            raise ValueError(
+                f"{operator}: a step on the device must be one int64 number, got {step.dtype} {tuple(step.shape)}"
+            )
+    for name, value in (("step", 0 if isinstance(step, torch.Tensor) else step), ("seed", seed)):
+        if not 0 <= value < 1 << 63:
+            raise ValueError(f"{operator}: {name} must lie in [0, 2^63), got {value!r}")
+    if first < 0 or count < 0 or first + count > len(indices):
+        raise ValueError(
+            f"{operator}: positions {first} … {first + count} are not within the {len(indices)} indices of the batch"
+        )
+    if len(mean) != 3 or len(std) != 3 or not all(math.isfinite(m) and s > 0 for m, s in zip(mean, std, strict=True)):
+        raise ValueError(f"{operator}: mean and std must be three numbers each, std > 0, got {mean!r} and {std!r}")
+    if not dtype.is_floating_point:
+        raise TypeError(f"{operator}: dtype must be floating point, got {dtype}")
+    for name, tensor in tensors.items():
+        if tensor.device != images.device:
+            raise ValueError(f"{operator}: {name} is on {tensor.device} but images is on {images.device}")

@@ -4,7 +4,6 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from distributed_case import run_ranks
 from training_case import write_tiny
 
 from fastcifar import data
@@ -128,28 +127,6 @@ def test_collapse_and_saturation_are_warned_of(tiny):
         task.generator.to_image.weight.zero_()
     task.train_step(1)
     assert task.take_averages()["deviation"] < 0.02
-
-
-def _train_on_ranks(rank, world_size, source, options):
-    task = make(data.load_dataset(source), processes=distributed.Processes(rank, world_size, rank), **options)
-    for step in range(2):
-        task.train_step(step)
-    return task.take_averages(), {name: tensor.numpy() for name, tensor in task.model.state_dict().items()}
-
-
-@pytest.mark.parametrize("options", [{}, {"model": "dcgan"}], ids=["aw_sngan", "dcgan"])
-def test_ranks_together_train_as_one_process(options, tmp_path):
-    source = write_tiny(tmp_path / "tiny.npz", size=32)
-    results = run_ranks(_train_on_ranks, 2, source, options)
-    expected_averages, expected = _train_on_ranks(0, 1, source, options)
-    del expected_averages["deviation"]  # within a process's own part of the batch
-    for averages, tensors in results:
-        averages = {name: averages[name] for name in expected_averages}
-        assert averages == pytest.approx(expected_averages, rel=1e-3, abs=1e-4)
-        for name, tensor in tensors.items():
-            assert (tensor == results[0][1][name]).all(), name
-            # Adam's first steps are of the size of the rate, whatever the gradient's.
-            numpy.testing.assert_allclose(tensor, expected[name], rtol=2e-2, atol=2e-3, err_msg=name)
 
 
 def plain_diff_augment(image, policies, numbers):

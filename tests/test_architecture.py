@@ -24,12 +24,12 @@ LAYERS = [
     {"nn", "fuse", "fusing", "folding"},
     {"functional"},
     {"ops"},
-    {"reference", "reference_spectral", "reference_aw_hinge", "kernels"},
+    {"reference", "reference_augment", "reference_aw_hinge", "reference_spectral", "kernels"},
 ]
-GROUND = {"validation", "native", "profiling"}
+GROUND = {"validation", "native", "philox", "profiling"}
 # dispatch chooses for functional and loads what it chose; the package's own file lists names that it loads lazily.
 ABOVE_ITS_PLACE = {("dispatch", "ops"), ("dispatch", "reference"), ("dispatch", "reference_aw_hinge")}
-ABOVE_ITS_PLACE |= {("dispatch", "reference_spectral")}
+ABOVE_ITS_PLACE |= {("dispatch", "reference_augment"), ("dispatch", "reference_spectral")}
 ABOVE_ITS_PLACE |= {("native", "kernels")}  # the compiled module is one of the kernels, and native finds it
 DISPATCH_USERS = {"functional", "nn", "training", "doctor", "fuse", "fusing", "ops", "benchmarks"}
 

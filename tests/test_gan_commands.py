@@ -190,3 +190,21 @@ def test_other_sizes_than_32_are_refused(tmp_path, capsys):
     source = write_tiny(tmp_path / "small.npz", size=12)
     assert status_of(["--dataset", source, "--model", "dcgan", "--output", tmp_path / "run"]) == 2
     assert "draws 32×32 images" in capsys.readouterr().err
+
+
+def test_nearest_training_images_are_measured_and_drawn(run, lpips_weights, capsys):
+    from PIL import Image
+
+    assert evaluated(run, "--metrics", "lpips-nn", "--lpips-weights", lpips_weights) == 0
+    result = result_of(capsys)
+    assert result["lpips_samples"] == 30 and result["lpips_reference"] == "100 train images"
+    assert result["lpips_nn"] > result["lpips_nn_of_test_images"] > 0  # test and training images are much alike here
+    assert Image.open(run / "evaluated" / "nearest.png").size == (6 * 34 * 2, 16 * 34 * 2)
+
+
+def test_absent_weights_are_one_line(run, tmp_path, capsys):
+    pytest.importorskip("pytorch_fid.inception", exc_type=Exception)
+    absent = tmp_path / "absent.pth"
+    assert evaluated(run, "--metrics", "fid", "--inception-weights", absent) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and str(absent) in error and "--classifier RUN" in error

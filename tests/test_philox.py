@@ -4,7 +4,7 @@ import pytest
 import torch
 from resident_oracle import philox_words
 
-from fastcifar.data import philox
+from fastcifar import philox
 
 # From the known-answer file of Random123: counter, key, result.
 KNOWN = [

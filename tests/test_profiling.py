@@ -45,7 +45,7 @@ def test_a_step_is_ranges_of_phases(listener, tiny):
     task = make(tiny, torch.device("cpu"), model_ema_decay=0.9, model_options={"width": 0.25})
     task.train_step(0)
     assert not listener.open
-    phases = ["forward", "loss", "backward", "update", "average"]
+    phases = ["augment", "forward", "loss", "backward", "update", "average"]
     assert listener.seen[0] == "place"
     assert [n.removeprefix("step/") for n in listener.seen if n.count("/") == 1 and "place" not in n] == phases
 

@@ -6,8 +6,10 @@ import numpy
 import pytest
 import resident_oracle as oracle
 import torch
+from distributed_case import run_ranks
 
-from fastcifar.data import Augmentation, ResidentLoader, augment, evaluation_batches, philox
+from fastcifar import philox, reference_augment
+from fastcifar.data import Augmentation, ResidentLoader, evaluation_batches
 
 MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.2, 0.3)
 GENERATOR = numpy.random.default_rng(5)
@@ -56,7 +58,7 @@ def test_mixing_equals_the_oracle(kind):
             image, _ = oracle.sample(IMAGES, SEED, step, 10, position, made.augmentation, MEAN, STD)
             partner, index = oracle.sample(IMAGES, SEED, step, 10, other, made.augmentation, MEAN, STD)
             words = torch.tensor(oracle.philox_words(position, step, 4, SEED))
-            share = float(augment.beta(0.7, words[:1], words[1:2]))
+            share = float(reference_augment.beta(0.7, words[:1], words[1:2]))
             if kind == "cutmix":
                 expected, share = oracle.cutmixed(image, partner, position, SEED, step, share)
             else:
@@ -69,7 +71,7 @@ def test_mixing_equals_the_oracle(kind):
 @pytest.mark.parametrize("alpha", [0.1, 0.5, 1.0, 2.0, 8.0])
 def test_beta_variates_have_the_moments_of_the_distribution(alpha):
     words = philox.philox(torch.arange(200_000), 0, 0, 3)
-    values = augment.beta(alpha, words[0], words[1])
+    values = reference_augment.beta(alpha, words[0], words[1])
     variance = 1 / (4 * (2 * alpha + 1))
     fourth = 3 / (16 * (2 * alpha + 1) * (2 * alpha + 3))
     assert abs(values.mean() - 0.5) < 5 * math.sqrt(variance / 200_000)
@@ -78,7 +80,7 @@ def test_beta_variates_have_the_moments_of_the_distribution(alpha):
 
 
 def drawn_indices(made, steps):
-    return [made._indices(step, made._positions)[0] for step in range(steps)]
+    return [made.plan(step).indices.numpy() for step in range(steps)]
 
 
 def test_each_index_occurs_once_an_epoch_and_the_remainder_carries_over():
@@ -90,7 +92,7 @@ def test_each_index_occurs_once_an_epoch_and_the_remainder_carries_over():
 
 
 def test_a_batch_larger_than_the_set_holds_whole_epochs():
-    indices = loader(batch_size=74)._indices(0, numpy.arange(74))[0]
+    indices = loader(batch_size=74).plan(0).indices.tolist()
     assert sorted(indices) == sorted([*range(37), *range(37)])
 
 
@@ -151,7 +153,7 @@ def test_alternating_flips_mirror_each_image_in_every_second_epoch():
     mirrored = []
     for step in range(4):
         left = made.batch(step).images[:, 0, 0, 0] < made.batch(step).images[:, 0, 0, 3]
-        indices = made._indices(step, made._positions)[0]
+        indices = made.plan(step).indices.numpy()
         mirrored.append({int(i) for i, is_mirrored in zip(indices, left, strict=True) if is_mirrored})
     assert mirrored[0] == mirrored[2] and mirrored[1] == mirrored[3]
     assert mirrored[0] | mirrored[1] == set(range(36)) and not mirrored[0] & mirrored[1]
@@ -191,3 +193,30 @@ def test_evaluation_batches_are_in_order_and_not_augmented():
 def test_bad_options_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def sharded_batches(rank, world_size, steps):
+    """The most images that this rank keeps, and whether each sharded batch is the replicated one."""
+    settings = {"batch_size": 12, "num_classes": 10, "seed": SEED, "mean": MEAN, "std": STD}
+    kept, same = 0, []
+    for mixing in ({}, {"mixup": 0.5}, {"cutmix": 1.0}):
+        settings |= {"augmentation": Augmentation(**ALL, **mixing), "rank": rank, "world_size": world_size}
+        whole = ResidentLoader(IMAGES, LABELS, **settings)
+        part = ResidentLoader(IMAGES, LABELS, placement="sharded", **settings)
+        kept = max(kept, len(part._shard._own))
+        same += [equal(whole.batch(step), part.batch(step)) for step in steps]
+    return kept, same
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_shards_give_the_same_batches(world_size):
+    # The fourth batch of 12 lies in two epochs of 37 images.
+    for kept, same in run_ranks(sharded_batches, world_size, (0, 3, 2)):
+        assert kept <= math.ceil(37 / world_size) and all(same) and len(same) == 9
+
+
+def test_shards_need_their_processes():
+    with pytest.raises(ValueError, match="start them with torchrun"):
+        ResidentLoader(
+            IMAGES, LABELS, batch_size=12, num_classes=10, mean=MEAN, std=STD, world_size=2, placement="sharded"
+        )

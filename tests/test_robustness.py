@@ -101,7 +101,8 @@ def test_a_step_follows_its_definition(source, kind):
     twin = task(source).model
     twin.load_state_dict(attacked.model.state_dict())
     attacked.place(0)
-    images, labels, start = (attacked.feed[name] for name in ("images", "labels", "start"))
+    batch, start = attacked.loader.batch(0), attacked.feed["start"]
+    images, labels = batch.images, batch.labels
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (attacked.dataset.mean, attacked.dataset.std))
     twin.eval()
     clean = twin(images).log_softmax(1).detach()
@@ -135,9 +136,9 @@ def test_a_step_follows_its_definition(source, kind):
 def test_the_start_is_the_same_for_any_number_of_ranks(source):
     for kind in ("pgd", "trades"):
         attack = task(source, adversarial=kind).attack
-        whole = attack.start(3, 8, 0, (12, 12))
-        parts = torch.cat([attack.start(3, 4, rank, (12, 12)) for rank in range(2)])
-        assert torch.equal(whole, parts) and not torch.equal(whole, attack.start(4, 8, 0, (12, 12)))
+        whole = attack.start(3, 8, 0)
+        parts = torch.cat([attack.start(3, 4, rank) for rank in range(2)])
+        assert torch.equal(whole, parts) and not torch.equal(whole, attack.start(4, 8, 0))
 
 
 def test_training_on_adversarial_images_makes_robust(source, tmp_path, capsys):
@@ -173,4 +174,4 @@ def test_options_that_do_not_fit_are_refused(options, message):
 def test_compute_under_bfloat16(source):
     low = task(source, adversarial="trades", amp_dtype="bf16")
     low.train_step(0)
-    assert low.feed["images"].dtype == torch.bfloat16 and low.loss_sum.isfinite()
+    assert low.loader.batch(0).images.dtype == torch.bfloat16 and low.loss_sum.isfinite()

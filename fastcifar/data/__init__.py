@@ -3,11 +3,12 @@
 from fastcifar.data.dataset import DataError, ImageDataset
 from fastcifar.data.holdout import hold_out
 from fastcifar.data.load import load_dataset, locate_dataset
-from fastcifar.data.resident import Augmentation, Batch, ResidentLoader, evaluation_batches
+from fastcifar.data.resident import Augmentation, Batch, Plan, ResidentLoader, evaluation_batches
 
 __all__ = [
     "Augmentation",
     "Batch",
+    "Plan",
     "DataError",
     "ImageDataset",
     "ResidentLoader",

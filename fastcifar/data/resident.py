@@ -8,10 +8,12 @@ from typing import NamedTuple
 import numpy
 import torch
 
-from fastcifar.data import augment
+from fastcifar import functional, validation
 from fastcifar.data.augment import Augmentation
+from fastcifar.data.shard import PLACEMENTS, ImageShard
+from fastcifar.reference_augment import normalisation, partner_shift
 
-__all__ = ["Augmentation", "Batch", "ResidentLoader", "evaluation_batches"]
+__all__ = ["Augmentation", "Batch", "Plan", "ResidentLoader", "evaluation_batches"]
 
 _EPOCH_ORDER, _FLIP_HALF = 0, 1
 
@@ -29,15 +31,22 @@ class Batch(NamedTuple):
     partner_weight: torch.Tensor | None
 
 
+class Plan(NamedTuple):
+    """What makes a global batch: `step`, int64 [1]; `indices`, int64 [B]; for alternating flips `flips`, bool [B].
+
+    The indices are into the whole set, or into `images`, uint8 [k, H, W, 3], and `labels`, int64 [k], where these are
+    given: then only those are true that this rank's part of the batch needs.
+    """
+
+    step: torch.Tensor
+    indices: torch.Tensor
+    flips: torch.Tensor | None
+    images: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+
+
 def _generator(seed: int, purpose: int, index: int) -> numpy.random.Generator:
     return numpy.random.Generator(numpy.random.Philox(key=[seed, (purpose << 40) | index]))
-
-
-def _pack(images: numpy.ndarray) -> torch.Tensor:
-    """[N, H, W, 3] bytes as [N·H·W + 1] int32, one pixel each and a black one at the end: a pixel is one load."""
-    packed = numpy.zeros((images.size // 3 + 1, 4), numpy.uint8)
-    packed[:-1, :3] = images.reshape(-1, 3)
-    return torch.from_numpy(packed.view(numpy.int32).reshape(-1))
 
 
 class ResidentLoader:
@@ -57,6 +66,9 @@ class ResidentLoader:
         device: where the set lies and the batches are made.
         dtype: of the batches; float32, bfloat16 or float16.
         rank, world_size: this process's contiguous part of each global batch.
+        impl: of the augmentations, as in `fastcifar.functional.augment`.
+        placement: "replicated", the whole set in every process, or "sharded", a part of it, the images of each batch
+            being exchanged; the batches are the same.
 
     Raises:
         ValueError: shapes, sizes or ranks that do not fit.
@@ -77,6 +89,8 @@ class ResidentLoader:
         dtype: torch.dtype = torch.float32,
         rank: int = 0,
         world_size: int = 1,
+        impl: str = "auto",
+        placement: str = "replicated",
     ):
         if images.ndim != 4 or images.shape[3] != 3 or images.dtype != numpy.uint8 or len(images) != len(labels):
             raise ValueError(
@@ -90,17 +104,20 @@ class ResidentLoader:
                 f"ResidentLoader: batch_size {batch_size} must be a multiple of world_size {world_size}, rank {rank} "
                 "below it"
             )
-        size = images.shape[1:3]
-        if augmentation.crop_pad >= min(size) and augmentation.crop_mode == "reflect":
-            raise ValueError(f"ResidentLoader: crop_pad {augmentation.crop_pad} must be below the image size {size}")
+        validation.check_augmentation("ResidentLoader", **augmentation.options, size=images.shape[1:3])
+        validation.check_implementation("ResidentLoader", impl)
         self.batch_size, self.seed, self.augmentation = batch_size, seed, augmentation
-        self.device, self.dtype = torch.device(device), dtype
-        self._count, self._size = len(images), (size[0], size[1])
-        self._pixels = _pack(images).to(self.device)
+        self.device, self.dtype, self.impl = torch.device(device), dtype, impl
+        self._count, self._mean, self._std = len(images), tuple(mean), tuple(std)
+        validation.choose("placement", placement, PLACEMENTS)
+        self._shard = self._images = None
+        if placement == "sharded" and world_size > 1:
+            self._shard = ImageShard(images, rank, world_size, self.device)
+        else:
+            self._images = torch.from_numpy(numpy.ascontiguousarray(images)).to(self.device)
         self._labels = torch.from_numpy(labels).to(self.device)
-        self._scale, self._shift = _normalisation(mean, std, self.device)
         share = batch_size // world_size
-        self._positions = numpy.arange(rank * share, (rank + 1) * share)
+        self._positions = rank * share, share  # the first, and how many
         halves = _generator(seed, _FLIP_HALF, 0).integers(0, 2, self._count, dtype=numpy.int64)
         self._flip_half = halves if augmentation.hflip == "alternating" else None
         self._orders: dict[int, numpy.ndarray] = {}
@@ -130,49 +147,46 @@ class ResidentLoader:
             indices[chosen] = self._order(int(epoch))[places[chosen]]
         return indices, epochs
 
-    def _augmented(self, step: int, positions: numpy.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised float32 [n, H, W, 3] images and labels at these positions, before mixing."""
-        options, seed = self.augmentation, self.seed
-        indices, epochs = self._indices(step, positions)
+    def plan(self, step: int) -> Plan:
+        """What the batch of 0-based `step` is made of, on the host."""
+        indices, epochs = self._indices(step, numpy.arange(self.batch_size))
         flips = None
         if self._flip_half is not None:
-            flips = torch.from_numpy((self._flip_half[indices] + epochs) % 2 == 1).to(self.device)
-        index = torch.from_numpy(indices).to(self.device)
-        where = torch.from_numpy(positions).to(self.device)
-        images = self._gather(index, *augment.geometry(options, where, step, seed, flips, self._size))
-        if options.color_jitter:
-            images = augment.jitter(images.float() / 255, options.color_jitter, where, step, seed) * 255
-        images = torch.addcmul(self._shift, images.float(), self._scale)
-        if options.cutout:
-            mask = augment.cutout_mask(options.cutout, where, step, seed, self._size)
-            images.masked_fill_(mask[..., None], 0.0)
-        return images, self._labels[index]
+            flips = torch.from_numpy((self._flip_half[indices] + epochs) % 2 == 1)
+        plan = Plan(torch.tensor([step]), torch.from_numpy(indices), flips)
+        return plan if self._shard is None else self._with_images(plan, step)
 
-    def _gather(self, index: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """Bytes [n, H, W, 3] of the wanted rows and columns; an index of the image's size means black."""
-        height, width = self._size
-        pixel = (index[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]
-        if self.augmentation.crop_mode == "zero" and self.augmentation.crop_pad:
-            outside = (rows == height)[:, :, None] | (columns == width)[:, None, :]
-            pixel = pixel.masked_fill_(outside, len(self._pixels) - 1)
-        return self._pixels[pixel].view(torch.uint8).view(len(index), height, width, 4)[..., :3]
+    def _with_images(self, plan: Plan, step: int) -> Plan:
+        """The plan with the images of this rank's part and of their partners, from where they lie."""
+        first, count = self._positions
+        needed = numpy.arange(self.batch_size).reshape(-1, count)  # [ranks, count]
+        if self.augmentation.mixup or self.augmentation.cutmix:
+            ahead = int(partner_shift(plan.indices, plan.step, self.seed))
+            needed = numpy.concatenate([needed, (needed + ahead) % self.batch_size], 1)
+        wanted = plan.indices.numpy()[needed]
+        places = numpy.zeros(self.batch_size, numpy.int64)
+        places[needed[first // count]] = numpy.arange(needed.shape[1])
+        own = torch.from_numpy(wanted[first // count]).to(self.device)
+        return plan._replace(
+            indices=torch.from_numpy(places), images=self._shard.fetch(list(wanted)), labels=self._labels[own]
+        )
+
+    def render(self, plan: Plan) -> Batch:
+        """The batch of a plan on the device. Nothing here waits for the device or depends on anything but the plan's
+        tensors, so that a captured graph can be given new ones by copying into them."""
+        first, count = self._positions
+        source, labels = (self._images, self._labels) if plan.images is None else (plan.images, plan.labels)
+        images, partners, partner_weight = functional.augment(
+            source, plan.indices, step=plan.step, seed=self.seed, mean=self._mean, std=self._std, first=first,
+            count=count, flips=plan.flips, random_flip=self.augmentation.hflip == "random", dtype=self.dtype,
+            impl=self.impl, **self.augmentation.options,
+        )  # fmt: skip
+        partner_labels = None if partners is None else labels[partners]
+        return Batch(images, labels[plan.indices[first : first + count]], partner_labels, partner_weight)
 
     def batch(self, step: int) -> Batch:
         """This rank's part of the global batch of 0-based `step`; the same at every call."""
-        images, labels = self._augmented(step, self._positions)
-        partner_labels = partner_weight = None
-        if self.augmentation.mixes:
-            ahead = augment.partner_shift(step, self.seed, self.batch_size)
-            partners, partner_labels = self._augmented(step, (self._positions + ahead) % self.batch_size)
-            where = torch.from_numpy(self._positions).to(self.device)
-            images, partner_weight = augment.mix(self.augmentation, images, partners, where, step, self.seed)
-        return Batch(images.to(self.dtype).permute(0, 3, 1, 2), labels, partner_labels, partner_weight)
-
-
-def _normalisation(mean: Sequence[float], std: Sequence[float], device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and shift, float32 [3], that take bytes to normalised values."""
-    mean, std = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
-    return (1 / (255 * std)).float().to(device), (-mean / std).float().to(device)
+        return self.render(Plan(*(None if t is None else t.to(self.device) for t in self.plan(step))))
 
 
 def evaluation_batches(
@@ -186,7 +200,7 @@ def evaluation_batches(
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The images [N, H, W, 3], uint8, in order and un-augmented: (images [n, 3, H, W] channels-last, labels [n])."""
-    scale, shift = _normalisation(mean, std, device)
+    scale, shift = (torch.tensor(numbers, device=device) for numbers in normalisation(mean, std))
     for start in range(0, len(images), batch_size):
         part = torch.from_numpy(images[start : start + batch_size]).to(device)
         values = torch.addcmul(shift, part.float(), scale).to(dtype).permute(0, 3, 1, 2)

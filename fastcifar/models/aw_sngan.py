@@ -53,6 +53,8 @@ class Generator(nn.Module):
 class MinibatchDeviation(nn.Module):
     """Appends a channel with the mean standard deviation over groups of images: [N, C, H, W] → [N, C + 1, H, W].
 
+    A group is of neighbours in the batch, so that any number of processes forms the same ones.
+
     Source: Karras et al., Progressive growing of GANs, 2018.
     """
 
@@ -63,9 +65,9 @@ class MinibatchDeviation(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch = x.shape[0]
         group = next(size for size in range(min(self.group, batch), 0, -1) if batch % size == 0)
-        grouped = x.float().reshape(group, batch // group, -1)
-        deviation = (grouped.var(0, correction=0) + 1e-8).sqrt().mean(1)
-        plane = deviation.repeat(group).to(x.dtype)[:, None, None, None].expand(-1, 1, *x.shape[2:])
+        grouped = x.float().reshape(batch // group, group, -1)
+        deviation = (grouped.var(1, correction=0) + 1e-8).sqrt().mean(1)
+        plane = deviation.repeat_interleave(group).to(x.dtype)[:, None, None, None].expand(-1, 1, *x.shape[2:])
         return torch.cat([x, plane], 1)
 
 

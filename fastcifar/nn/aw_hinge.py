@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from fastcifar import dispatch, validation
+from fastcifar.nn.aw_hinge_ranks import Exchange
 
 _LEAF = torch._C._functions.AccumulateGrad
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -100,8 +101,7 @@ class AdaptiveWeightedHinge:
         self.process_group = process_group
         self.impl = impl
         self._own: dict[int, torch.Tensor] = {}
-        self._buckets: _Buckets | None = None
-        self._counts: dict[tuple, torch.Tensor] = {}
+        self._exchange: Exchange | None = None
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value}" for name, value in self.options.items())
@@ -151,15 +151,20 @@ class AdaptiveWeightedHinge:
         run = dispatch.select("aw_hinge", self.impl, call)
 
         with torch.no_grad():
-            counts = self._global_counts(real_logits, fake_logits)
+            shared = None if self.process_group is None else self._fitting_exchange(active)
+            counts = None if shared is None else shared.provisional_counts(real_logits, fake_logits)
             terms, d_real, d_fake = run.hinge_terms(real_logits, fake_logits, counts=counts, **scaling)
-        shared = _graphs_meet(real_logits, fake_logits)
-        real = torch.autograd.grad(real_logits, active, d_real, retain_graph=shared, allow_unused=True)
+            if shared is not None:
+                shared.start_terms(terms)
+        meet = _graphs_meet(real_logits, fake_logits)
+        real = torch.autograd.grad(real_logits, active, d_real, retain_graph=meet, allow_unused=True)
+        if shared is not None:
+            shared.start_gradients(0, real)
         fake = torch.autograd.grad(fake_logits, active, d_fake, allow_unused=True)
         with torch.no_grad():
-            if self.process_group is not None:
-                dist.all_reduce(terms, group=self.process_group)
-                real, fake = self._all_reduce(active, real, fake)
+            if shared is not None:
+                shared.start_gradients(1, fake)
+                terms, real, fake = shared.finish()
             used = [i for i in range(len(active)) if real[i] is not None or fake[i] is not None]
             if not used:
                 raise ValueError(
@@ -230,68 +235,10 @@ class AdaptiveWeightedHinge:
             raise ValueError(f"{name}: scale must be finite and > 0, got {scale!r}")
         return {"scale": float(scale), "device_scale": None}
 
-    def _global_counts(self, real_logits, fake_logits) -> torch.Tensor | None:
-        """Numbers of logits over all ranks, float64 [2]; the local ones are uploaded once, outside any capture."""
-        if self.process_group is None:
-            return None
-        key = (real_logits.numel(), fake_logits.numel(), real_logits.device)
-        if key not in self._counts:
-            self._counts[key] = torch.tensor(key[:2], dtype=torch.float64, device=real_logits.device)
-        counts = self._counts[key].clone()
-        dist.all_reduce(counts, group=self.process_group)
-        return counts
-
-    def _all_reduce(self, active, real, fake):
-        if self._buckets is None or not self._buckets.fit(active):
-            self._buckets = _Buckets(active)
-        return self._buckets.all_reduce(real, fake, self.process_group)
-
-
-class _Buckets:
-    """Both gradients of all parameters in flat buffers, so that one call reduces them; float32, or float64 for float64
-    parameters."""
-
-    def __init__(self, parameters: list[torch.Tensor]):
-        self._key = _signature(parameters)
-        self._flats = []
-        self._views: tuple[list, list] = ([None] * len(parameters), [None] * len(parameters))
-        for dtype in (torch.float32, torch.float64):
-            members = [i for i, p in enumerate(parameters) if (p.dtype == torch.float64) == (dtype == torch.float64)]
-            sizes = [parameters[i].numel() for i in members]
-            if not members:
-                continue
-            flat = torch.empty(2, sum(sizes), dtype=dtype, device=parameters[0].device)
-            self._flats.append(flat)
-            for side in range(2):
-                for i, part in zip(members, flat[side].split(sizes), strict=True):
-                    self._views[side][i] = _shaped(part, parameters[i])
-
-    def fit(self, parameters: list[torch.Tensor]) -> bool:
-        return self._key == _signature(parameters)
-
-    def all_reduce(self, real, fake, process_group) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        for views, gradients in zip(self._views, (real, fake), strict=True):
-            missing = [view for view, gradient in zip(views, gradients, strict=True) if gradient is None]
-            if missing:
-                torch._foreach_zero_(missing)
-            given = [(view, g) for view, g in zip(views, gradients, strict=True) if g is not None]
-            if given:
-                torch._foreach_copy_(*map(list, zip(*given, strict=True)))
-        for flat in self._flats:
-            dist.all_reduce(flat, group=process_group)
-        return self._views
-
-
-def _signature(parameters: list[torch.Tensor]) -> list[tuple]:
-    return [(id(parameter), parameter.device, parameter.dtype) for parameter in parameters]
-
-
-def _shaped(part: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A flat piece as a tensor of the parameter's shape, in its memory order where that is channels-last."""
-    if parameter.dim() == 4 and not parameter.is_contiguous():
-        if parameter.is_contiguous(memory_format=torch.channels_last):
-            return part.as_strided(parameter.shape, parameter.stride())
-    return part.view(parameter.shape)
+    def _fitting_exchange(self, active) -> Exchange:
+        if self._exchange is None or not self._exchange.fits(active, self.process_group):
+            self._exchange = Exchange(active, self.process_group)
+        return self._exchange
 
 
 def _names(dtypes) -> str:

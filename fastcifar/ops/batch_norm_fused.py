@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from fastcifar.ops.statistics import check_total, merge_over_ranks, update_running
+from fastcifar.ops.statistics import check_total, mean_terms, merge_over_ranks, update_running
 
 NORM = "Tensor? weight, Tensor? bias, Tensor statistics, float eps, str activation, float negative_slope"
 
@@ -78,11 +78,7 @@ class _Fused(torch.autograd.Function):
         if need_weight or need_bias or residual is not None or (training and need_dx):
             sums, da = operator(prefix, "reduce")(dz, x, residual, *norm, *act)
         if training and need_dx:
-            shared = sums
-            if process_group is not None:
-                shared = sums.clone()
-                dist.all_reduce(shared, group=process_group)
-            terms = shared / (max(x.numel() // x.shape[1], 1) if count is None else count)
+            terms = mean_terms(sums, x.numel() // x.shape[1], count, process_group)
         dx = None
         if need_dx and residual is not None:
             # dA is there already, so nothing of the activation is left to undo.
@@ -126,7 +122,7 @@ def batch_norm_act(
         with torch.no_grad():
             own = operator(prefix, "statistics")(x)
             statistics, count = merge_over_ranks(own, values, group)
-        check_total(count, tuple(x.shape))
+        check_total(count, values, tuple(x.shape))
         if values or group is not None:
             update_running(running_mean, running_var, statistics, values if count is None else count, momentum)
     else:

@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from fastcifar import reference
 from fastcifar.ops import batch_norm  # noqa: F401  (registers the operators)
-from fastcifar.ops.registration import implement
-from fastcifar.ops.statistics import check_total, merge_over_ranks, update_running
+from fastcifar.ops.registration import implement, strided_like
+from fastcifar.ops.statistics import check_total, mean_terms, merge_over_ranks, update_running
 from fastcifar.validation import output_size
 
 _SIZES = "int[] stride, int[] padding, int[] dilation"
@@ -135,14 +135,6 @@ def _fake_gradients(dz, x, weight, *arguments):
     return dx, torch.empty_like(weight, memory_format=torch.contiguous_format) if need_dw else weight.new_empty(0)
 
 
-def _mean_terms(sums, dz, count, process_group):
-    """The two sums of the batch norm's gradient over all ranks, divided by the count."""
-    if process_group is not None:
-        sums = sums.clone()
-        dist.all_reduce(sums, group=process_group)
-    return sums / (max(dz.numel() // max(dz.shape[1], 1), 1) if count is None else count)
-
-
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bn_weight, bn_bias, statistics, count, sizes, act, training, process_group):
@@ -162,7 +154,7 @@ class _Fused(torch.autograd.Function):
         if need_gamma or need_beta or (training and (need_dx or need_dw)):
             sums = torch.ops.fastcifar.depthwise_reduce(dz, *arguments, *sizes, *act)
         if training and (need_dx or need_dw):
-            terms = _mean_terms(sums, dz, count, process_group)
+            terms = mean_terms(sums, dz.numel() // max(dz.shape[1], 1), count, process_group)
         elif need_dx or need_dw:
             terms = torch.zeros((2, x.shape[1]), dtype=torch.float32, device=x.device)
         dx = dw = None
@@ -170,7 +162,7 @@ class _Fused(torch.autograd.Function):
             dx, dw = torch.ops.fastcifar.depthwise_gradients(dz, *arguments, terms, *sizes, *act, need_dx, need_dw)
         return (
             dx if need_dx else None,
-            dw if need_dw else None,
+            strided_like(dw, weight) if need_dw else None,
             sums[1].to(bn_weight.dtype) if need_gamma else None,
             sums[0].to(bn_bias.dtype) if need_beta else None,
             *[None] * 6,
@@ -195,12 +187,12 @@ class _FusedStored(torch.autograd.Function):
         sums, _ = torch.ops.fastcifar.batch_norm_reduce(dz, y, None, *norm, *act)
         dx = dw = None
         if need_dx or need_dw:
-            terms = _mean_terms(sums, dz, count, process_group)
+            terms = mean_terms(sums, dz.numel() // max(dz.shape[1], 1), count, process_group)
             dy = torch.ops.fastcifar.batch_norm_gradient(dz, y, terms, *norm, *act)
             dx, dw = torch.ops.fastcifar.depthwise_convolution_gradients(dy, x, weight, *sizes, need_dx, need_dw)
         return (
             dx if need_dx else None,
-            dw if need_dw else None,
+            strided_like(dw, weight) if need_dw else None,
             sums[1].to(bn_weight.dtype) if need_gamma else None,
             sums[0].to(bn_bias.dtype) if need_beta else None,
             *[None] * 6,
@@ -243,7 +235,7 @@ def depthwise_conv_bn_act(
             else:
                 own = torch.ops.fastcifar.depthwise_statistics(x, weight, *sizes)
             statistics, count = merge_over_ranks(own, values, group)
-        check_total(count, tuple(x.shape))
+        check_total(count, values, tuple(x.shape))
         update_running(running_mean, running_var, statistics, values if count is None else count, momentum)
         if y is not None:
             return _FusedStored.apply(x, weight, bn_weight, bn_bias, y, statistics, count, sizes, act, group)

@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from fastcifar import native, reference
 from fastcifar.ops.batch_norm_native import DTYPES, Norm
-from fastcifar.ops.statistics import check_total, merge_over_ranks, update_running
+from fastcifar.ops.registration import strided_like
+from fastcifar.ops.statistics import check_total, mean_terms, merge_over_ranks, update_running
 from fastcifar.profiling import annotated
 from fastcifar.validation import output_size
 
@@ -138,18 +139,14 @@ class _Fused(torch.autograd.Function):
         if need_gamma or need_beta or (training and (need_dx or need_dw)):
             sums, _ = torch.ops.fastcifar.native_batch_norm_reduce(dz, y, None, *norm, *act)
         if training and (need_dx or need_dw):
-            shared = sums
-            if process_group is not None:
-                shared = sums.clone()
-                dist.all_reduce(shared, group=process_group)
-            terms = shared / (max(y.numel() // y.shape[1], 1) if count is None else count)
+            terms = mean_terms(sums, y.numel() // y.shape[1], count, process_group)
         if need_dx or need_dw:
             dx, dw = torch.ops.fastcifar.native_depthwise_gradients(
                 dz, x, weight, y, *norm, terms, *sizes, *act, need_dx, need_dw
             )
         return (
             dx if need_dx else None,
-            dw if need_dw else None,
+            strided_like(dw, weight) if need_dw else None,
             sums[1].to(bn_weight.dtype) if need_gamma else None,
             sums[0].to(bn_bias.dtype) if need_beta else None,
             *[None] * 7,
@@ -206,6 +203,6 @@ def depthwise_conv_bn_act(
         if training:
             values = y.numel() // y.shape[1]
             statistics, count = merge_over_ranks(own, values, group)
-            check_total(count, tuple(x.shape))
+            check_total(count, values, tuple(x.shape))
             update_running(running_mean, running_var, statistics, values if count is None else count, momentum)
     return _Fused.apply(x, weight, bn_weight, bn_bias, y, statistics, count, sizes, act, training, group)

@@ -1,4 +1,4 @@
-"""How Triton operators enter PyTorch's dispatcher."""
+"""How Triton operators enter PyTorch's dispatcher, and how gradients leave the operators."""
 
 from __future__ import annotations
 
@@ -33,3 +33,12 @@ def implement(library: torch.library.Library, name: str) -> Callable[[Callable],
         return function
 
     return register
+
+
+def strided_like(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The gradient with its parameter's strides where these differ in dimensions of size 1 only, as they do for
+    [C, 1, K, K] after `.to(memory_format=torch.channels_last)`: DistributedDataParallel warns of such."""
+    strides = zip(gradient.shape, gradient.stride(), parameter.stride(), strict=True)
+    if all(own == wanted for size, own, wanted in strides if size != 1):
+        return gradient.as_strided(gradient.shape, parameter.stride())
+    return gradient

@@ -30,13 +30,25 @@ def merge_over_ranks(
     return torch.stack([mean, variance]), total
 
 
-def check_total(total: torch.Tensor | None, size: tuple[int, ...]) -> None:
+def mean_terms(
+    sums: torch.Tensor, values: int, count: torch.Tensor | None, process_group: dist.ProcessGroup | None
+) -> torch.Tensor:
+    """The two sums [2, C] of a batch norm's gradient, over all ranks of the group, divided by the number of values."""
+    if process_group is not None:
+        sums = sums.clone()
+        dist.all_reduce(sums, group=process_group)
+    return sums / (max(values, 1) if count is None else count)
+
+
+def check_total(total: torch.Tensor | None, own: int, size: tuple[int, ...]) -> None:
     """Refuses a single value per channel over all ranks, in torch's words.
+
+    The device is asked only where this rank's own count leaves it open.
 
     Raises:
         ValueError: statistics of one value.
     """
-    if total is not None and float(total) == 1:
+    if total is not None and own < 2 and float(total) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(size)}")
 
 

@@ -65,8 +65,10 @@ class Adversarial:
         self.loss = recipe.loss if recipe.loss != "auto" else "bce" if recipe.model == "dcgan" else "aw_hinge"
         self.policies = policies(recipe.diffaugment)
         group = dist.group.WORLD if processes.world_size > 1 else None
+        self._unshared: list[torch.Tensor] = []
         if group is not None:
-            distributed.synchronise_statistics(self.model)
+            distributed.share_weights(self.model)
+            self._unshared = distributed.share_statistics(self.model, synchronise=recipe.sync_bn)
         self.spectral = self._spectral_group()
         self.hinge = fused.AdaptiveWeightedHinge(self.discriminator.parameters(), process_group=group)
         self.update_g, self.update_d = (
@@ -108,8 +110,10 @@ class Adversarial:
             std=_STD,
             device=self.device,
             dtype=torch.float32,
+            impl=recipe.impl,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
+            placement=recipe.data_placement,
         )
 
     @property
@@ -141,13 +145,9 @@ class Adversarial:
         for turn in range(n_dis + 1):
             number = step * (n_dis + 1) + turn
             whole = sampling.draw(self.model, self.recipe.seed, number, self.recipe.batch_size, 2 * NUMBERS)
-            for name, value in whole.part(begin, begin + size)._asdict().items():
-                if value is not None:
-                    feed.put(f"{name} {turn}", value)
+            feed.put_all(f"draw {turn}", whole.part(begin, begin + size))
         for turn in range(n_dis):
-            batch = self.loader.batch(step * n_dis + turn)
-            feed.put(f"images {turn}", batch.images)
-            feed.put(f"classes {turn}", batch.labels)
+            feed.put_all(f"plan {turn}", self.loader.plan(step * n_dis + turn))
         feed.number("step", step)
         feed.number("rate", self.learning_rate(step))
         if self.ema is not None:
@@ -155,8 +155,7 @@ class Adversarial:
         self.seen += 1
 
     def _draw(self, turn: int) -> sampling.Draw:
-        labels = self.feed[f"labels {turn}"] if self.model.conditional else None
-        return sampling.Draw(self.feed[f"latents {turn}"], labels, self.feed[f"numbers {turn}"])
+        return self.feed.take(f"draw {turn}", sampling.Draw)
 
     def _autocast(self) -> torch.autocast:
         enabled = self.amp_dtype != torch.float32
@@ -187,6 +186,7 @@ class Adversarial:
                 values = self._train_discriminator(turn)
         with annotate("generator"):
             loss_g = self._train_generator()
+        self.processes.average(self._unshared)
         if self.ema is not None:
             self.ema.update(self.feed["share"])
         values.insert(1, loss_g)
@@ -194,13 +194,15 @@ class Adversarial:
 
     def _train_discriminator(self, turn: int) -> list[torch.Tensor]:
         draw = self._draw(turn)
+        with annotate("augment"):
+            batch = self.loader.render(self.feed.take(f"plan {turn}", data.Plan))
         with torch.no_grad():
             generated = self._generate(draw)
         if self.spectral is not None:
             self.spectral.step()
         self.update_d.optimiser.zero_grad(set_to_none=True)
-        labels = self.feed[f"classes {turn}"] if self.model.conditional else None
-        real = self._judge_images(self.feed[f"images {turn}"], labels, draw.numbers[:, :NUMBERS])
+        labels = batch.labels if self.model.conditional else None
+        real = self._judge_images(batch.images, labels, draw.numbers[:, :NUMBERS])
         fake = self._judge_images(generated, draw.labels, draw.numbers[:, NUMBERS:])
         if self.loss == "aw_hinge":
             found = self.hinge.backward(real, fake)
@@ -292,7 +294,7 @@ class Adversarial:
         return tensors
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """All that the next steps depend on: tensors by name, and JSON values."""
+        """All that the next steps depend on: tensors by name, and JSON values. All processes ask together."""
         tensors = self.network_tensors()
         for name, update, network in self._updates():
             tensors |= optimiser_tensors(update.optimiser, network, f"optimiser_{name}")
@@ -335,8 +337,8 @@ class Adversarial:
             load_optimiser(update.optimiser, network, parts.get(f"optimiser_{name}", {}))
             update.bad_steps.copy_(parts["progress"][f"bad_steps_{name}"])
             update.first_bad.copy_(parts["progress"][f"first_bad_{name}"])
-        self.sums.copy_(parts["progress"]["sums"])
-        self.seen = checkpoint.state["seen"]
+        same = self.processes.take_own(self.sums, parts["progress"]["sums"])
+        self.seen = checkpoint.state["seen"] if same else 0
         if self.spectral is not None:
             self.spectral.invalidate()
         if self.graph is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -11,6 +12,7 @@ from fastcifar.training.options import Recipe
 
 # Steps before the capture: they compile kernels, fill caches and make the optimiser's state.
 _WARM_UP = 3
+Values = TypeVar("Values", bound=tuple)
 
 
 class Feed:
@@ -37,6 +39,16 @@ class Feed:
             self._values[name] = torch.empty_like(value, device=self.device)
         pinned = value.pin_memory() if self.device.type == "cuda" and value.device.type == "cpu" else value
         self._values[name].copy_(pinned, non_blocking=True)
+
+    def put_all(self, prefix: str, values: NamedTuple) -> None:
+        """The tensors of a named tuple, for `take`."""
+        for name, value in values._asdict().items():
+            if value is not None:
+                self.put(f"{prefix}.{name}", value)
+
+    def take(self, prefix: str, kind: type[Values]) -> Values:
+        """The named tuple of that prefix, None for what it lacked."""
+        return kind(*(self._values.get(f"{prefix}.{name}") for name in kind._fields))
 
     def number(self, name: str, value: float | int) -> None:
         """A number: a tensor [] where static, float32 or int64."""

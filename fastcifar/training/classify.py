@@ -89,11 +89,10 @@ class Classification:
         self.seen = 0
         self._has_dropout = any(isinstance(m, nn.modules.dropout._DropoutNd) for m in self.model.modules())
         self._forward: Any = self.model
+        self._unshared: list[torch.Tensor] = []
         if processes.world_size > 1:
-            distributed.synchronise_statistics(self.model)
-            self._forward = nn.parallel.DistributedDataParallel(
-                self.model, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self._unshared = distributed.share_statistics(self.model, synchronise=recipe.sync_bn)
+            self._forward = distributed.data_parallel(self.model)
         if recipe.compile:
             self._forward = torch.compile(self._forward)
         self.loader = self._build_loader()
@@ -126,8 +125,10 @@ class Classification:
             std=dataset.std,
             device=self.device,
             dtype=self.amp_dtype,
+            impl=recipe.impl,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
+            placement=recipe.data_placement,
         )
 
     @property
@@ -158,27 +159,26 @@ class Classification:
 
     def place(self, step: int) -> None:
         """Puts what the step takes from the host where `compute` reads it."""
-        with annotate("augment"):
-            batch = self.loader.batch(step)
-        for name, value in zip(batch._fields, batch, strict=True):
-            if value is not None:
-                self.feed.put(name, value)
+        self.feed.put_all("plan", self.loader.plan(step))
         self.feed.number("step", step)
         self.feed.number("rate", self.learning_rate(step))
         if self.ema is not None:
             self.feed.number("share", self.ema.share(step))
         if self._has_dropout:
             torch.manual_seed((self.recipe.seed * 1_000_003 + step) * 4_096 + self.processes.rank)
+        share = self.recipe.batch_size // self.processes.world_size
         if self.attack is not None:
-            size = tuple(batch.images.shape[2:])
-            self.feed.put("start", self.attack.start(step, len(batch.labels), self.processes.rank, size))
-        self.seen += len(batch.labels)
+            self.feed.put("start", self.attack.start(step, share, self.processes.rank))
+        self.seen += share
 
     def compute(self) -> None:
         """The step's work on the device."""
-        feed, labels = self.feed, self.feed["labels"]
+        feed = self.feed
+        with annotate("augment"):
+            batch = self.loader.render(feed.take("plan", data.Plan))
+        labels = batch.labels
         amp = self.amp_dtype != torch.float32
-        images, changed = feed["images"], None
+        images, changed = batch.images, None
         if self.attack is not None:
             with annotate("attack"):
                 images, changed = self.attack.images(self.model, images, labels, feed["start"])
@@ -186,24 +186,24 @@ class Classification:
             logits = self._forward(images)
             changed = None if changed is None else self._forward(changed)
         with annotate("loss"):
-            loss = self._loss(logits.float(), labels)
+            loss = self._loss(logits.float(), batch)
             if changed is not None:
                 loss = loss + self.attack.penalty(logits, changed)
         self.update(loss, feed["step"], feed["rate"])
+        self.processes.average(self._unshared)
         if self.ema is not None:
             with annotate("average"):
                 self.ema.update(feed["share"])
         self.loss_sum += loss.detach() * len(labels)
         self.correct += (logits.detach().argmax(1) == labels).sum()
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _loss(self, logits: torch.Tensor, batch: data.Batch) -> torch.Tensor:
         smoothing = self.recipe.label_smoothing
-        if not self.loader.augmentation.mixes:
-            return F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        own = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
-        partner_labels, weight = self.feed["partner_labels"], self.feed["partner_weight"]
-        partner = F.cross_entropy(logits, partner_labels, reduction="none", label_smoothing=smoothing)
-        return torch.lerp(own, partner, weight.to(own.dtype)).mean()
+        if batch.partner_labels is None:
+            return F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
+        own = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=smoothing)
+        partner = F.cross_entropy(logits, batch.partner_labels, reduction="none", label_smoothing=smoothing)
+        return torch.lerp(own, partner, batch.partner_weight.to(own.dtype)).mean()
 
     def tick(self, step: int, steps: int, seconds: float) -> dict[str, float]:
         """Nothing more than every run has."""
@@ -267,10 +267,11 @@ class Classification:
         return tensors
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """All that the next steps depend on: tensors by name, and JSON values."""
+        """All that the next steps depend on: tensors by name, and JSON values. All processes ask together."""
         tensors = self.network_tensors()
         tensors |= optimiser_tensors(self.optimiser, self.model, "optimiser")
-        tensors |= {"progress.loss_sum": self.loss_sum, "progress.correct": self.correct}
+        for name, own in (("loss_sum", self.loss_sum), ("correct", self.correct)):
+            tensors[f"progress.{name}"] = self.processes.gather(own)
         tensors |= {"progress.bad_steps": self.update.bad_steps, "progress.first_bad": self.update.first_bad}
         scaler = self.update.scaler.state_dict() if self.update.scaler else None
         return tensors, {"seen": self.seen, "scaler": scaler}
@@ -292,11 +293,11 @@ class Classification:
             self.ema.model.load_state_dict(parts["ema"])
         load_optimiser(self.optimiser, self.model, parts.get("optimiser", {}))
         progress = parts["progress"]
-        self.loss_sum.copy_(progress["loss_sum"])
-        self.correct.copy_(progress["correct"])
+        same = self.processes.take_own(self.loss_sum, progress["loss_sum"])
+        self.processes.take_own(self.correct, progress["correct"])
         self.update.bad_steps.copy_(progress["bad_steps"])
         self.update.first_bad.copy_(progress["first_bad"])
-        self.seen = checkpoint.state["seen"]
+        self.seen = checkpoint.state["seen"] if same else 0
         if self.update.scaler:
             self.update.scaler.load_state_dict(checkpoint.state["scaler"])
         if self.graph is not None:

@@ -100,21 +100,24 @@ def build_judge(
 def nearest_training_images(
     lpips: metrics.Lpips, gan: models.GAN, dataset: data.ImageDataset, count: int, *, neighbours: int, seed: int = 0
 ) -> tuple[dict[str, Any], numpy.ndarray]:
-    """How far `count` samples are from the training images: small values are copies.
+    """How far `count` samples are from the training images: smaller than what test images are means copies.
 
     Returns:
-        The mean LPIPS of a sample to its nearest training image with what it rests on, and for each sample a row of
-        itself and its nearest training images, uint8 [count·(neighbours + 1), H, W, 3].
+        The mean LPIPS of a sample to its nearest training image, that of as many test images, and what both rest on;
+        and for each sample a row of itself and its nearest training images, uint8 [count·(neighbours + 1), H, W, 3].
     """
     batches = [batch for batch, _ in sampling.sample_batches(gan.generator, gan, count, lpips.device, seed)]
     generated = numpy.concatenate(batches)
     found = metrics.nearest_neighbours(lpips, generated, dataset.train_images, count=neighbours)
+    yardstick = metrics.nearest_neighbours(lpips, dataset.test_images[:count], dataset.train_images)
     figures = {
         "lpips_nn": round(float(found.distances[:, 0].mean()), 6),
+        "lpips_nn_of_test_images": round(float(yardstick.distances.mean()), 6),
         "lpips_network": lpips.name,
         "lpips_sha256": lpips.digest,
         "lpips_samples": count,
         "lpips_reference": f"{len(dataset.train_images)} train images",
+        "lpips_resize": "none",
     }
     return figures, metrics.neighbour_rows(generated, dataset.train_images, found.indices)
 

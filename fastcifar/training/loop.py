@@ -12,6 +12,7 @@ from fastcifar.training import checkpoint
 from fastcifar.training.adversarial import Adversarial
 from fastcifar.training.classify import Classification
 from fastcifar.training.distributed import Processes
+from fastcifar.training.profile import StepProfile
 from fastcifar.training.progress import Lines
 from fastcifar.training.run_folder import RunFolder
 from fastcifar.training.signals import StopRequest
@@ -62,7 +63,10 @@ class Loop:
         self._ask_every = 10 if processes.world_size > 1 and task.device.type == "cuda" else 1
         self._since = (step, seconds)
         self._saved = step if step else -1
-        self._warned = False
+        self._warned = self._told = False
+        self._profile: StepProfile | None = None
+        if self.recipe.profile and folder is not None:
+            self._profile = StepProfile(task, folder.path / "profile")
 
     def run(self) -> None:
         """All steps that are left.
@@ -74,7 +78,7 @@ class Loop:
         with StopRequest() as stop:
             while self.step < steps:
                 started = time.perf_counter()
-                self.task.train_step(self.step)
+                self._train_step(self.step)
                 self.step += 1
                 due = self._due(self._log_every) or self._due(self.recipe.eval_every) or self.step == steps
                 if due:
@@ -82,11 +86,21 @@ class Loop:
                 self.seconds += time.perf_counter() - started
                 if due:
                     self._row()
-                stopped = self.step % self._ask_every == 0 and self.processes.any(stop.signal is not None)
-                if self._due(self.recipe.save_every) or self.step == steps or stopped:
-                    self._save(last=self.step == steps or stopped)
-                if stopped and self.step < steps:
-                    raise Stopped(stop.signal or 0, self.step)
+                # The same answer everywhere, whichever process the signal went to.
+                signal = self.processes.largest(stop.signal or 0) if self.step % self._ask_every == 0 else 0
+                if self._due(self.recipe.save_every) or self.step == steps or signal:
+                    self._save(last=self.step == steps or signal > 0)
+                if signal and self.step < steps:
+                    raise Stopped(signal, self.step)
+
+    def _train_step(self, step: int) -> None:
+        if self._profile is None:
+            self.task.train_step(step)
+            return
+        self._profile.train_step(step)
+        if self._profile.report is not None:
+            self.progress.message(self._profile.report)
+            self._profile = None
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
@@ -116,6 +130,10 @@ class Loop:
         if self.folder is not None:
             self.folder.add(row)
         self.progress.show(row)
+        graph = self.task.graph
+        if graph is not None and graph.failure is not None and not self._told:
+            self.progress.message(f"WARNING: steps are not captured in a CUDA graph: {graph.failure}")
+            self._told = True
         warning = self.task.watch(row)
         if warning is not None and not self._warned:
             self.progress.message(warning)
@@ -123,9 +141,10 @@ class Loop:
 
     def _check_finite(self) -> None:
         bad = int(self.task.bad_steps)
-        if not bad:
+        # In float16 each process looks at its own loss.
+        if not self.processes.any(bad > 0):
             return
-        first = int(self.task.first_bad) + 1
+        first = self.processes.largest(int(self.task.first_bad)) + 1
         if self.recipe.nan == "stop":
             raise NotFinite(
                 f"loss or gradients were not finite at step {first} ({bad} such steps, none of which changed the "
@@ -134,9 +153,22 @@ class Loop:
         self.progress.message(f"skipped {bad} steps so far whose loss or gradients were not finite (first: {first})")
 
     def _save(self, *, last: bool) -> None:
-        if self.folder is None or self._saved == self.step:
+        if self._saved == self.step:
             return
         tensors, state = self.task.state()
+        failure = self._write(tensors, state)
+        # Nobody leaves before the last checkpoint is there: a process that ends has torchrun end the others.
+        if last and self.processes.any(failure is not None):
+            place = "the run folder" if self.folder is None else self.folder.path / "checkpoints"
+            reason = "the first process says why" if failure is None else failure
+            raise SaveFailed(f"the last checkpoint could not be written to {place} ({reason})") from failure
+        if failure is not None:
+            self.progress.message(f"WARNING: no checkpoint at step {self.step} ({failure}); the older ones are intact")
+
+    def _write(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> OSError | None:
+        """Writes the checkpoint, in the first process only; what went wrong."""
+        if self.folder is None:
+            return None
         state |= {"config": dataclasses.asdict(self.recipe), "seconds": self.seconds, "since": list(self._since)}
         place = self.folder.path / "checkpoints"
         try:
@@ -144,9 +176,8 @@ class Loop:
             checkpoint.prune(place, self.recipe.keep_last)
             self._saved = self.step
         except OSError as error:
-            if last:
-                raise SaveFailed(f"the last checkpoint could not be written to {place} ({error})") from error
-            self.progress.message(f"WARNING: no checkpoint at step {self.step} ({error}); the older ones are intact")
+            return error
+        return None
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
         """Goes on from a checkpoint."""

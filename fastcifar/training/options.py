@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastcifar import validation
+from fastcifar.data.shard import PLACEMENTS
 
 
 def _option(default: Any, help: str, group: str, kind: type = str, **limits: Any) -> Any:
@@ -85,6 +86,10 @@ class Recipe:
     device: str = _option("auto", "auto, cpu, cuda or cuda:N", _SPEED)
     amp_dtype: str = _option("auto", "arithmetic of the network", _SPEED, choices=("auto", "bf16", "fp16", "fp32"))
     impl: str = _option("auto", "implementation of the fused operators", _SPEED, choices=validation.IMPLEMENTATIONS)
+    sync_bn: bool = _option(True, "with several processes: batch norm over the global batch", _SPEED, bool)
+    data_placement: str = _option(
+        "replicated", "training images on the devices: all on each, or a part on each", _SPEED, choices=PLACEMENTS
+    )
     cuda_graph: bool | None = _option(
         None, "replay each step as one CUDA graph; default: where it can be, on a single GPU", _SPEED, bool
     )

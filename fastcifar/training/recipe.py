@@ -179,7 +179,11 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The options of two runs that decide their weights and differ, as "name: old → new"."""
+    """The options of two runs that decide their weights and differ, as "name: old → new".
+
+    An option that the old run did not know has its default there, which is what was done before it existed.
+    """
+    old = {**dataclasses.asdict(Recipe()), **old}
     return [
         f"{key}: {old.get(key)!r} → {new.get(key)!r}"
         for key in sorted({*old, *new} - _WITHOUT_CONSEQUENCE)
@@ -188,6 +192,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 _WITHOUT_CONSEQUENCE = frozenset(
-    "data_dir preset device impl compile cuda_graph nvtx profile deterministic output resume init_weights save_every "
-    "keep_last eval_every eval_only tta nan tensorboard wandb classifier metrics metric_samples".split()
+    "data_dir data_placement preset device impl compile cuda_graph nvtx profile deterministic output resume "
+    "init_weights save_every keep_last eval_every eval_only tta nan tensorboard wandb classifier metrics "
+    "metric_samples".split()
 )

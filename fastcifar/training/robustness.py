@@ -112,14 +112,15 @@ class AdversarialTraining:
 
     def __init__(self, recipe: Recipe, dataset: data.ImageDataset, device: torch.device, amp_dtype: torch.dtype):
         self.recipe, self.amp_dtype = recipe, amp_dtype
+        self._size = dataset.train_images.shape[1:]
         self.limits = bounds(recipe.adversarial_eps, recipe.adversarial_step_size, dataset.mean, dataset.std, device)
         self._radius = self.limits.radius.cpu()
         self._scale = 1 / torch.tensor(dataset.std).view(3, 1, 1)
 
-    def start(self, step: int, count: int, rank: int, size: tuple[int, int]) -> torch.Tensor:
+    def start(self, step: int, count: int, rank: int) -> torch.Tensor:
         """The first change [count, 3, H, W] of this rank's part of the global batch of a 0-based step."""
         generator = torch.Generator().manual_seed((self.recipe.seed * 6_364_136_223_846_793_005 + step) % 2**63)
-        shape = ((rank + 1) * count, *size, 3)
+        shape = ((rank + 1) * count, *self._size)
         if self.recipe.adversarial == "trades":
             change = torch.randn(shape, generator=generator)[rank * count :].permute(0, 3, 1, 2)
             return change * (_TRADES_START * self._scale)

@@ -1,6 +1,7 @@
 #include <nanobind/nanobind.h>
 
 #include "allocator.h"
+#include "augment_bindings.h"
 #include "batch_norm_bindings.h"
 #include "depthwise_bindings.h"
 #include "aw_hinge_bindings.h"
@@ -38,4 +39,5 @@ NB_MODULE(_native, m) {
   bind_batch_norm(m);
   bind_aw_hinge(m);
   bind_spectral(m);
+  bind_augment(m);
 }

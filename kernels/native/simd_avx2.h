@@ -80,6 +80,48 @@ FASTCIFAR_INLINE void store_first(T* p, Vec a, int n) {
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
+FASTCIFAR_INLINE Vec load_byte(const std::uint32_t* p, int byte) {
+  const __m256i shifted = _mm256_srli_epi32(_mm256_loadu_si256((const __m256i*)p), 8 * byte);
+  return {_mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(255)))};
+}
+FASTCIFAR_INLINE Mask load_flag(const std::uint32_t* p, std::uint32_t flag) {
+  const __m256i wanted = _mm256_set1_epi32(int(flag));
+  const __m256i found = _mm256_and_si256(_mm256_loadu_si256((const __m256i*)p), wanted);
+  return {_mm256_castsi256_ps(_mm256_cmpeq_epi32(found, wanted))};
+}
+FASTCIFAR_INLINE bool any(Mask m) { return _mm256_movemask_ps(m.m) != 0; }
+
+template <bool kReversed>
+FASTCIFAR_INLINE void pack_pixels(const std::uint8_t* from, std::uint32_t* to) {
+  // The last four pixels are the last 12 of 16 bytes, so that nothing beyond them is read.
+  alignas(32) static constexpr struct Places {
+    std::int8_t bytes[32] = {};
+    constexpr Places() {
+      for (int i = 0; i < 8; ++i) {
+        const int pixel = kReversed ? 3 - i % 4 : i % 4, start = (i < 4) == kReversed ? 4 : 0;
+        for (int byte = 0; byte < 4; ++byte) {
+          bytes[4 * i + byte] = std::int8_t(byte < 3 ? start + 3 * pixel + byte : -1);
+        }
+      }
+    }
+  } places;
+  const __m128i low = _mm_loadu_si128((const __m128i*)from), high = _mm_loadu_si128((const __m128i*)(from + 8));
+  const __m256i both = kReversed ? _mm256_set_m128i(low, high) : _mm256_set_m128i(high, low);
+  _mm256_storeu_si256((__m256i*)to, _mm256_shuffle_epi8(both, _mm256_load_si256((const __m256i*)places.bytes)));
+}
+
+// Lanes of the K-th third of a0 b0 c0 a1 b1 c1 …
+template <int K>
+FASTCIFAR_INLINE Vec interleaved(Vec a, Vec b, Vec c) {
+  constexpr int kFirst = 8 * K;
+  const __m256i pixel = _mm256_setr_epi32(kFirst / 3, (kFirst + 1) / 3, (kFirst + 2) / 3, (kFirst + 3) / 3,
+                                          (kFirst + 4) / 3, (kFirst + 5) / 3, (kFirst + 6) / 3, (kFirst + 7) / 3);
+  constexpr int kSecond[3] = {0x92, 0x24, 0x49}, kThird[3] = {0x24, 0x49, 0x92};
+  const __m256 ab = _mm256_blend_ps(_mm256_permutevar8x32_ps(a.v, pixel), _mm256_permutevar8x32_ps(b.v, pixel),
+                                    kSecond[K]);
+  return {_mm256_blend_ps(ab, _mm256_permutevar8x32_ps(c.v, pixel), kThird[K])};
+}
+
 }  // namespace
 }  // namespace FASTCIFAR_ISA
 }  // namespace fastcifar

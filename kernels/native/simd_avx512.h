@@ -81,6 +81,51 @@ FASTCIFAR_INLINE void store_first(Float16* p, Vec a, int n) {
   _mm256_mask_storeu_epi16(p, first(n), narrow_float16(a.v));
 }
 
+FASTCIFAR_INLINE Vec load_byte(const std::uint32_t* p, int byte) {
+  const __m512i shifted = _mm512_srli_epi32(_mm512_loadu_si512(p), unsigned(8 * byte));
+  return {_mm512_cvtepi32_ps(_mm512_and_si512(shifted, _mm512_set1_epi32(255)))};
+}
+FASTCIFAR_INLINE Mask load_flag(const std::uint32_t* p, std::uint32_t flag) {
+  return _mm512_test_epi32_mask(_mm512_loadu_si512(p), _mm512_set1_epi32(int(flag)));
+}
+FASTCIFAR_INLINE bool any(Mask m) { return m != 0; }
+
+template <bool kReversed>
+FASTCIFAR_INLINE void pack_pixels(const std::uint8_t* from, std::uint32_t* to) {
+  // Four pixels, three words, to each quarter; then a word to each pixel.
+  alignas(64) static constexpr struct Places {
+    std::int32_t words[16] = {};
+    std::int8_t bytes[64] = {};
+    constexpr Places() {
+      for (int i = 0; i < 16; ++i) {
+        const int quarter = kReversed ? 3 - i / 4 : i / 4, pixel = kReversed ? 3 - i % 4 : i % 4;
+        words[i] = 3 * quarter + i % 4 % 3;
+        for (int byte = 0; byte < 4; ++byte) bytes[4 * i + byte] = std::int8_t(byte < 3 ? 3 * pixel + byte : -1);
+      }
+    }
+  } places;
+  const __m512i all = _mm512_maskz_loadu_epi8((std::uint64_t{1} << 48) - 1, from);
+  const __m512i quarters = _mm512_permutexvar_epi32(_mm512_load_si512(places.words), all);
+  _mm512_storeu_si512(to, _mm512_shuffle_epi8(quarters, _mm512_load_si512(places.bytes)));
+}
+
+// Lanes of the K-th third of a0 b0 c0 a1 b1 c1 …: `first` takes those of a and b, `second` adds those of c.
+template <int K>
+FASTCIFAR_INLINE Vec interleaved(Vec a, Vec b, Vec c) {
+  alignas(64) static constexpr struct Places {
+    int first[16] = {}, second[16] = {};
+    constexpr Places() {
+      for (int i = 0; i < 16; ++i) {
+        const int pixel = (16 * K + i) / 3, channel = (16 * K + i) % 3;
+        first[i] = channel == 1 ? 16 + pixel : pixel;
+        second[i] = channel == 2 ? 16 + pixel : i;
+      }
+    }
+  } places;
+  const __m512 ab = _mm512_permutex2var_ps(a.v, _mm512_load_si512(places.first), b.v);
+  return {_mm512_permutex2var_ps(ab, _mm512_load_si512(places.second), c.v)};
+}
+
 }  // namespace
 }  // namespace FASTCIFAR_ISA
 }  // namespace fastcifar

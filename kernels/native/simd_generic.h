@@ -114,6 +114,28 @@ FASTCIFAR_INLINE void store_first(T* p, Vec a, int n) {
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
+FASTCIFAR_INLINE Vec load_byte(const std::uint32_t* p, int byte) {
+  const Words words{p[0], p[1], p[2], p[3]};
+  return {__builtin_convertvector((Ints)((words >> std::uint32_t(8 * byte)) & 255u), Floats)};
+}
+FASTCIFAR_INLINE Mask load_flag(const std::uint32_t* p, std::uint32_t flag) {
+  return {(Ints)((Words{p[0], p[1], p[2], p[3]} & flag) != 0u)};
+}
+FASTCIFAR_INLINE bool any(Mask m) { return (m.m[0] | m.m[1] | m.m[2] | m.m[3]) != 0; }
+
+template <bool kReversed>
+FASTCIFAR_INLINE void pack_pixels(const std::uint8_t* from, std::uint32_t* to) {
+  for (int i = 0; i < Vec::lanes; ++i) to[kReversed ? Vec::lanes - 1 - i : i] = packed_pixel(from + 3 * i);
+}
+
+// Lanes of the K-th third of a0 b0 c0 a1 b1 c1 …
+template <int K>
+FASTCIFAR_INLINE Vec interleaved(Vec a, Vec b, Vec c) {
+  if constexpr (K == 0) return {Floats{a.v[0], b.v[0], c.v[0], a.v[1]}};
+  if constexpr (K == 1) return {Floats{b.v[1], c.v[1], a.v[2], b.v[2]}};
+  return {Floats{c.v[2], a.v[3], b.v[3], c.v[3]}};
+}
+
 }  // namespace
 }  // namespace FASTCIFAR_ISA
 }  // namespace fastcifar

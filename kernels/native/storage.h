@@ -24,6 +24,11 @@ struct Float16 {
 enum class Dtype : int { float32, bfloat16, float16 };
 enum class Activation : int { none, relu, relu6, leaky_relu, silu, hardswish };
 
+// Red, green and blue in the lower bytes of a word.
+FASTCIFAR_INLINE std::uint32_t packed_pixel(const std::uint8_t* p) {
+  return std::uint32_t(p[0]) | std::uint32_t(p[1]) << 8 | std::uint32_t(p[2]) << 16;
+}
+
 constexpr int kDtypes = 3;
 constexpr int kActivations = 6;
 

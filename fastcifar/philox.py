@@ -18,20 +18,20 @@ def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (product >> 32) & _MASK, product & _MASK
 
 
-def philox(counter: torch.Tensor, step: int, purpose: int, seed: int) -> torch.Tensor:
+def philox(counter: torch.Tensor, step: int | torch.Tensor, purpose: int, seed: int) -> torch.Tensor:
     """Four random 32-bit words for each counter.
 
     Args:
         counter: [n], int64, each in [0, 2³²): the position that the words belong to.
-        step: in [0, 2⁶⁴ − 1], second and third word of the generator's counter.
+        step: in [0, 2⁶⁴ − 1], second and third word of the generator's counter; or one int64 number on the device.
         purpose: in [0, 2³²), the fourth.
         seed: in [0, 2⁶⁴), the key.
 
     Returns:
         [4, n], int64, each in [0, 2³²).
     """
-    c0, c1 = counter, torch.full_like(counter, step & _MASK)
-    c2, c3 = torch.full_like(counter, (step >> 32) & _MASK), torch.full_like(counter, purpose)
+    zero = torch.zeros_like(counter)
+    c0, c1, c2, c3 = counter, zero + (step & _MASK), zero + (step >> 32 & _MASK), zero + purpose
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
         high0, low0 = _multiply(_MULTIPLIERS[0], c0)

@@ -1,28 +1,28 @@
-"""The READMEs' tables are those of the stored results."""
+"""The documents' tables are those of the stored results."""
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import report
 
 
 def test_the_documents_hold_the_stored_results(capsys):
-    assert tables.main(["--check"]) == 0, f"{capsys.readouterr().out}run python -m benchmarks.tables"
+    assert report.main(["--check"]) == 0, f"{capsys.readouterr().out}run python -m benchmarks.report"
 
 
 def test_a_changed_number_is_found(tmp_path, monkeypatch, capsys):
     document = tmp_path / "README.md"
-    monkeypatch.setattr(tables, "ROOT", tmp_path)
-    monkeypatch.setattr(tables, "DOCUMENTS", (document,))
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "DOCUMENTS", (document,))
     document.write_text("before\n<!-- table demo -->\n| network |\n<!-- end -->\nafter\n", encoding="utf-8")
-    assert tables.main(["--check"]) == 1
-    assert tables.main([]) == 0 and tables.main(["--check"]) == 0
+    assert report.main(["--check"]) == 1
+    assert report.main([]) == 0 and report.main(["--check"]) == 0
     text = document.read_text(encoding="utf-8")
     assert text.startswith("before\n<!-- table demo -->\n| network | parameters |") and text.endswith("\nafter\n")
     document.write_text(text.replace("94,372", "94,371"), encoding="utf-8")
-    assert tables.main(["--check"]) == 1
+    assert report.main(["--check"]) == 1
     assert "README.md: differs from the stored results" in capsys.readouterr().out
 
 
 def test_an_unknown_table_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(KeyError, match="speed"):
-        tables.filled("<!-- table speed -->\n<!-- end -->")
+        report.filled("<!-- table speed -->\n<!-- end -->")
