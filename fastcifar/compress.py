@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import json
 import pathlib
+import signal
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,26 +71,36 @@ def _prune(
 ) -> tuple[dict[str, Any], nn.Module]:
     """Writes the pruned network, and the fine-tuned one; their files by name, and the last of them."""
     options: dict[str, Any] = {}
-    state = source.model.state_dict()
     if parsed.method == "channels":
         kept = pruning.kept_channels(source.model, parsed.amount)
         options, state = {"inner_widths": [len(indices) for indices in kept]}, pruning.pruned_state(source.model, kept)
         print(f"inner channels of the blocks: {', '.join(str(len(indices)) for indices in kept)}")
+    else:
+        sparse = copy.deepcopy(source.model)
+        pruning.zero_weights(sparse, parsed.amount)
+        state = sparse.state_dict()
     recipe = _recipe(parsed, source.recipe, options, output)
     task = classify.Classification(recipe, source.dataset, torch.device("cpu"), distributed.Processes())
     task.model.load_state_dict(state)
-    if parsed.method == "unstructured":
-        pruning.zero_weights(task.model, parsed.amount)
     name = f"{parsed.method} {100 * parsed.amount:g} %"
     networks = {name: _write(task.model, source.dataset, output / "pruned.onnx")}
     if parsed.fine_tune:
         with pruning.zeros_held(task.model) if parsed.method == "unstructured" else contextlib.nullcontext():
-            loop.Loop(task, None, Lines(recipe.steps, lambda line: None), distributed.Processes()).run()
+            _fine_tune(task)
         networks[f"{name}, {parsed.fine_tune} steps"] = _write(task.model, source.dataset, output / "tuned.onnx")
     tensors = {f"model.{key}": tensor for key, tensor in task.model.state_dict().items()}
     config = {"config": dataclasses.asdict(recipe), "seconds": 0.0, "since": [0, 0.0]}
     checkpoint.save(output / "checkpoints", source.saved.step + parsed.fine_tune, tensors, config)
     return networks, task.model
+
+
+def _fine_tune(task: classify.Classification) -> None:
+    """Trains the network on, in place."""
+    progress = Lines(task.recipe.steps, lambda line: None)
+    try:
+        loop.Loop(task, None, progress, distributed.Processes()).run()
+    except loop.NotFinite as error:
+        raise ValueError(f"fine-tuning diverged; lower --lr {task.recipe.lr:g}") from error
 
 
 def _write(model: nn.Module, dataset: data.ImageDataset, path: pathlib.Path) -> pathlib.Path:
@@ -122,7 +134,10 @@ def main(arguments: Sequence[str]) -> int:
         files["int8"] = output / "int8.onnx"
         quantisation.quantise(files["original"], files["int8"], images)
     else:
-        networks, model = _prune(parsed, source, output)
+        try:
+            networks, model = _prune(parsed, source, output)
+        except loop.Stopped as stopped:
+            return 128 + (stopped.signal or signal.SIGTERM)
         files |= networks
         sizes |= dict.fromkeys(networks, model)
     rows = measuring.compare(files, source.dataset, threads=parsed.threads)

@@ -75,10 +75,10 @@ def test_the_default_place_is_the_run(runs, capsys):
 
 def test_a_program_that_differs_is_refused():
     torch.manual_seed(0)
-    model = models.create_model("small_filters_cnn", 5).eval()
+    model = models.create_model("small_filters_cnn", 5).train()
     images = torch.randn(4, 3, 32, 32)
     figures = programs.compare(model, model, [images], classes=True)
-    assert figures["max_abs_difference"] == 0 and figures["equal_predictions"] == 4
+    assert figures["max_abs_difference"] == 0 and figures["equal_predictions"] == 4 and model.training
     for wrong in (lambda x: model(x) + 0.01, lambda x: model(x) * float("nan"), lambda x: model(x.flip(3))):
         with pytest.raises(ValueError, match="differs from the network"):
             programs.compare(wrong, model, [images], classes=True)

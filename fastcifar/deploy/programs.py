@@ -87,7 +87,7 @@ def read(path: pathlib.Path, kind: str, threads: int = 0) -> Callable[..., torch
 def compare(
     program: Callable[..., torch.Tensor], model: nn.Module, inputs: Sequence[torch.Tensor], *, classes: bool
 ) -> dict[str, Any]:
-    """How far the program is from the model, which runs as it is, on all inputs [N, …] in batches.
+    """How far the program is from the model, in eval mode, on all inputs [N, …] in batches.
 
     Returns:
         `inputs`, `max_abs_difference`, `largest_output`, with `classes` also `equal_predictions`.
@@ -95,6 +95,7 @@ def compare(
     Raises:
         ValueError: the difference exceeds TOLERANCE of the largest output.
     """
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     count, difference, largest, equal = len(inputs[0]), 0.0, 0.0, 0
     for begin in range(0, count, _BATCH):
@@ -104,6 +105,8 @@ def compare(
         difference = torch.maximum((found - expected).abs().amax(), torch.tensor(difference)).item()
         largest = max(largest, expected.abs().max().item())
         equal += (expected.argmax(1) == found.argmax(1)).sum().item() if classes else 0
+    for module, training in modes:
+        module.training = training
     if not difference <= TOLERANCE * largest:
         raise ValueError(
             f"the exported program differs from the network by {difference:.3g} where outputs reach {largest:.3g}; "

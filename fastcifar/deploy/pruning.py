@@ -98,6 +98,8 @@ def zero_weights(model: nn.Module, amount: float) -> None:
 
     Source: Han et al., Learning both weights and connections for efficient neural networks, 2015.
     """
+    # torch ranks them by views of one dimension.
+    model.to(memory_format=torch.contiguous_format)
     prune.global_unstructured(list(_weights(model)), prune.L1Unstructured, amount=amount)
     _remove_masks(model)
 
