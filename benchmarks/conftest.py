@@ -39,7 +39,7 @@ def smoke(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture
 def effort(smoke: bool) -> dict[str, Any]:
     """How long to measure: the options of `timing.in_turns`."""
-    return {"rounds": 1, "warmup": 0} if smoke else {"rounds": 15, "budget": 3.0}
+    return {"rounds": 1, "warmup": 0} if smoke else {"rounds": 15, "budget": 2.0}
 
 
 @pytest.fixture

@@ -142,6 +142,19 @@ def fuse_table(rows: Rows) -> str:
     return f"{markdown(uniform(table))}{refusals(rows)}\nOne training step, {rows[0]['input']}, bfloat16.\n"
 
 
+@for_each_device("augment")
+def augment_table(rows: Rows) -> str:
+    """A batch out of the resident set, augmented."""
+    table = []
+    for (augmentations, l2), by_name in grouped(rows, "augmentations", "L2").items():
+        ours = by_name["ours"]
+        line = {"augmentations": augmentations} | ({} if l2 is None else {"L2": l2})
+        line |= {f"{name}, ms": row["ms"] for name, row in by_name.items()}
+        line |= {"eager / ours": by_name["eager"]["ms"] / ours["ms"], "% of copy rate": ours["% of copy rate"]}
+        table.append(line)
+    return f"{markdown(uniform(table))}{refusals(rows)}\n{rows[0]['batch']} images of 32×32, bfloat16.\n"
+
+
 @for_each_device("gan-step")
 def gan_step_table(rows: Rows) -> str:
     """A whole step of aw_sngan."""
@@ -233,6 +246,7 @@ TABLES = {
     "phases": phases_table,
     "step": step_table,
     "fuse": fuse_table,
+    "augment": augment_table,
     "gan-step": gan_step_table,
     "spectral": spectral_table,
     "hinge": hinge_table,

@@ -66,7 +66,7 @@ stage doctor 60 python3 -m fastcifar.doctor
 stage tests 200 python3 -m pytest -q -m gpu tests
 stage train 240 python3 -m fastcifar.train "$@" --preset fast --tta --output "$results/train"
 stage bench_steps 240 "${bench[@]}" benchmarks/test_bench_steps.py benchmarks/test_bench_gan_step.py \
-  benchmarks/test_bench_spectral.py benchmarks/test_bench_aw_hinge.py
+  benchmarks/test_bench_spectral.py benchmarks/test_bench_aw_hinge.py benchmarks/test_bench_augment.py
 stage bench_operators 240 "${bench[@]}" benchmarks/test_bench_operators.py
 stage tune 180 python3 -m benchmarks.tune --output "$results"
 judge=()

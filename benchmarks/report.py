@@ -37,7 +37,8 @@ def draw(folder: pathlib.Path = IMAGES) -> list[pathlib.Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     made = []
-    for kind, (_, content) in device_tables.files().items():
+    measured = {kind: content for kind, (_, content) in device_tables.files().items() if "operators" in content}
+    for kind, content in measured.items():
         for name, picture in (("roofline", pictures.roofline), ("bars", pictures.bars)):
             made.append(folder / f"{name}-{kind}.png")
             picture(content, made[-1])

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import reporting, static, traffic
+from benchmarks import promises, reporting, static, traffic
 
 
 def stored(name: str) -> dict[str, Any]:
@@ -151,7 +151,13 @@ def passes_table() -> str:
     return f"{chr(10).join(parts)}\n{text}\n{source('passes-cpu')}"
 
 
+def promises_table() -> str:
+    """Each promise, what tries to break it, and what came of it."""
+    return f"{markdown(promises.rows())}{source('promises')}{source('kills')}"
+
+
 TABLES = {
+    "promises": promises_table,
     "passes": passes_table,
     "gan": gan_table,
     "runs": runs_table,

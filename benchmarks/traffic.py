@@ -27,7 +27,8 @@ from fastcifar import dispatch, functional
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """An operator ready to run: `call()` gives its output; gradients go to `inputs`, of which x is the first."""
+    """An operator ready to run: `call()` gives its output; gradients go to `inputs`, of which x is the first, where the
+    output has any."""
 
     call: Callable[[], torch.Tensor]
     inputs: tuple[torch.Tensor, ...]
@@ -122,7 +123,28 @@ def _spectral(shape: tuple[int, ...]) -> Callable[[], Setup]:
     return build
 
 
+def _augment(dtype: torch.dtype, **options: Any) -> Callable[[], Setup]:
+    def build() -> Setup:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randint(0, 256, (8, 32, 32, 3), generator=generator, dtype=torch.uint8)
+        indices = torch.randperm(8, generator=generator)[:4]
+
+        def run(impl: str) -> torch.Tensor:
+            return functional.augment(
+                images, indices, step=0, seed=0, mean=(0.5,) * 3, std=(0.25,) * 3, dtype=dtype, impl=impl, **options
+            )[0]
+
+        x = images[indices]
+        run("reference")
+        with count_traffic() as separate:
+            run("reference")
+        return Setup(lambda: run("triton"), (x,), (separate.passes(x), 0.0))
+
+    return build
+
+
 _LIMITS = (3.2, 5.3, 1.05)
+_PIXELS = (3.02, 0.0, 0.0)  # bytes are read, numbers of twice their size are written
 _STRIDED = (2.0, 4.2, 1.3)  # the output, a quarter of x, is stored
 _SMALL = (4, 32, 16, 16)
 SUBJECTS = [
@@ -139,6 +161,10 @@ SUBJECTS = [
         (4.2, 7.3, 2.05),
     ),
     Subject("spectral_normalize", "128×576 fp32", _spectral((128, 64, 3, 3)), (4.1, 3.1, 1.05), by_address=True),
+    Subject("augment", "4×32² fp16 crop, flip", _augment(torch.float16, crop_pad=4, random_flip=True), _PIXELS),
+    Subject("augment", "4×32² fp16 jitter, cutout", _augment(torch.float16, color_jitter=0.1, cutout=8), _PIXELS),
+    Subject("augment", "4×32² fp16 mixup", _augment(torch.float16, mixup=1.0), _PIXELS),
+    Subject("augment", "4×32² fp16 cutmix", _augment(torch.float16, cutmix=1.0), _PIXELS),
 ]
 
 
@@ -157,8 +183,8 @@ def measure(subject: Subject) -> dict[str, Any]:
     """Runs a subject forward and backward.
 
     Returns:
-        "operator" and "label"; "forward", "backward" and "saved" as multiples of x; "eager_forward" and
-        "eager_backward"; "limits"; "rows": each launch and PyTorch operator with its bytes.
+        "operator" and "label"; "forward", "backward" (None without gradient) and "saved" as multiples of x;
+        "eager_forward" and "eager_backward"; "limits"; "rows": each launch and PyTorch operator with its bytes.
     """
     setup = subject.build()
     x = setup.inputs[0]
@@ -167,7 +193,8 @@ def measure(subject: Subject) -> dict[str, Any]:
         output, saved = saved_bytes(setup.call, parameters=parameters)
     gradient = torch.ones_like(output)
     with count_traffic() as backward:
-        torch.autograd.grad(output, setup.inputs, gradient)
+        if output.requires_grad:
+            torch.autograd.grad(output, setup.inputs, gradient)
     rows = [
         {"pass": name, **dataclasses.asdict(row)}
         for name, traffic in (("forward", forward), ("backward", backward))
@@ -178,7 +205,7 @@ def measure(subject: Subject) -> dict[str, Any]:
         "label": subject.label,
         "x_bytes": x.numel() * x.element_size(),
         "forward": forward.passes(x),
-        "backward": backward.passes(x),
+        "backward": backward.passes(x) if output.requires_grad else None,
         "saved": saved / (x.numel() * x.element_size()),
         "eager_forward": setup.eager[0],
         "eager_backward": setup.eager[1],
@@ -193,11 +220,12 @@ def failures(results: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
     for result in results:
         name = f"{result['operator']} {result['label']}"
-        for part in ("forward", "backward"):
+        parts = [part for part in ("forward", "backward") if result.get(part, 0.0) is not None]
+        for part in parts:
             if not any(row["kind"] == "triton" and row["pass"] == part for row in result["rows"]):
                 lines.append(f"{name}: no Triton launch was seen in {part}")
         for part, limit in zip(("forward", "backward", "saved"), result["limits"] or (), strict=False):
-            if result[part] > limit:
+            if result[part] is not None and result[part] > limit:
                 lines.append(f"{name}: {part} is {result[part]:.3f} × x, at most {limit} are allowed")
         for row in result["rows"]:
             if row["kind"] == "triton" and row["requested_written"] > row["written"]:
@@ -213,7 +241,7 @@ def notes(results: Sequence[dict[str, Any]]) -> list[str]:
         f"{r['operator']} {r['label']}: {part} moves {r[part]:.1f} × x, separate operators {r['eager_' + part]:.1f}"
         for r in results
         for part in ("forward", "backward")
-        if r[part] > r["eager_" + part]
+        if r[part] is not None and r[part] > r["eager_" + part]
     ]
 
 

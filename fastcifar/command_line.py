@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 
 from fastcifar import validation
 
-USAGE_ERROR = 2
+USAGE_ERROR, OUT_OF_MEMORY = 2, 5
+_LONGEST_MESSAGE = 1000
 
 
 class UsageError(ValueError):
@@ -76,16 +77,31 @@ def numbers(option: str, text: str) -> list[int]:
 
 
 def run(name: str, main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> NoReturn:
-    """Runs `main(arguments)` and exits with its status; a `ValueError` or `OSError` becomes one line and status 2."""
+    """Runs `main(arguments)` and exits with its status.
+
+    A `ValueError` or `OSError` becomes one line and status 2, a lack of memory one line and status 5.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         status = main(arguments)
-    except (ValueError, OSError) as error:
-        if "--debug" in arguments:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        from fastcifar.training import memory
+
+        lacks_memory = memory.is_out_of_memory(error)
+        if "--debug" in arguments or not (lacks_memory or isinstance(error, (ValueError, OSError))):
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = _one_line(str(error)) or type(error).__name__
+        if lacks_memory:
+            message = f"out of memory ({message}); use a smaller --batch-size, network or data set"
         print(f"{name}: error: {message}", file=sys.stderr)
-        status = USAGE_ERROR
+        status = OUT_OF_MEMORY if lacks_memory else USAGE_ERROR
     except KeyboardInterrupt:
         status = 130
     sys.exit(status)
+
+
+def _one_line(text: str) -> str:
+    """Without line breaks and what a terminal would obey: the message may quote a file from anywhere."""
+    text = "".join(character if character.isprintable() else " " for character in text)
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST_MESSAGE else text[:_LONGEST_MESSAGE] + "…"

@@ -101,6 +101,8 @@ def _fine_tune(task: classify.Classification) -> None:
         loop.Loop(task, None, progress, distributed.Processes()).run()
     except loop.NotFinite as error:
         raise ValueError(f"fine-tuning diverged; lower --lr {task.recipe.lr:g}") from error
+    except loop.OutOfMemory as error:
+        raise MemoryError(str(error)) from error
 
 
 def _write(model: nn.Module, dataset: data.ImageDataset, path: pathlib.Path) -> pathlib.Path:

@@ -22,7 +22,7 @@ from fastcifar.training import (
     environment,
     evaluation,
     judging,
-    loop,
+    recipe,
     robustness,
     sampling,
 )
@@ -201,7 +201,7 @@ def main(arguments: Sequence[str]) -> int:
     device = environment.choose_device(parsed.device)
     environment.prepare_process(device, deterministic=False)
     saved = checkpoint.find(parsed.checkpoint, notify=print)
-    chosen = Recipe(**{**loop.read_config(saved), "impl": parsed.impl, "device": parsed.device})
+    chosen = recipe.of_checkpoint(saved, impl=parsed.impl, device=parsed.device)
     _check(parsed, chosen)
     dataset = data.load_dataset(parsed.dataset or chosen.dataset, parsed.data_dir or chosen.data_dir)
     for notice in dataset.notices:

@@ -14,7 +14,7 @@ from torch import nn
 
 from fastcifar import command_line, models, validation
 from fastcifar.deploy import programs
-from fastcifar.training import checkpoint, run_folder, sampling, trained
+from fastcifar.training import checkpoint, recipe, run_folder, sampling, trained
 from fastcifar.training.gan import load_gan
 
 _CHECKED = 1000
@@ -56,7 +56,7 @@ def _classifier(parsed: argparse.Namespace, saved: checkpoint.Checkpoint) -> _Jo
 
 
 def _generator(saved: checkpoint.Checkpoint) -> _Job:
-    gan, names = load_gan(saved, trained.read_recipe(saved))
+    gan, names = load_gan(saved, recipe.of_checkpoint(saved, impl="auto", device="auto"))
     drawn = sampling.draw(gan, 0, 0, _CHECKED)
     inputs = {"z": drawn.latents} | ({"labels": drawn.labels} if gan.conditional else {})
     notes = {
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
     if kind == "onnx":
         validation.require("export", "onnx", "onnxscript", "onnxruntime")
     saved = checkpoint.find(parsed.checkpoint, notify=print)
-    name = trained.read_recipe(saved).model
+    name = recipe.of_checkpoint(saved, impl="auto", device="auto").model
     gan = name in models.list_models(gan=True)
     job = _generator(saved) if gan else _classifier(parsed, saved)
     path = pathlib.Path(parsed.output or checkpoint.run_folder(saved.path) / f"{name}{programs.FORMATS[kind]}")

@@ -10,9 +10,8 @@ import numpy
 import torch
 
 from fastcifar import command_line, models, validation
-from fastcifar.training import checkpoint, environment, loop, sampling
+from fastcifar.training import checkpoint, environment, recipe, sampling
 from fastcifar.training.gan import load_gan
-from fastcifar.training.options import Recipe
 
 
 def _parser() -> command_line.Parser:
@@ -111,6 +110,7 @@ def _write_set(gan: models.GAN, names: tuple[str, ...], parsed, device: torch.de
     everything, classes = numpy.concatenate(images), numpy.concatenate(labels)
     if parsed.format == "npz":
         place = folder / f"samples-{parsed.count}.npz"
+        folder.mkdir(parents=True, exist_ok=True)
         numpy.savez_compressed(place, images=everything, labels=classes)
         return str(place)
     for index, (image, label) in enumerate(zip(everything, classes, strict=True)):
@@ -134,11 +134,9 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError(f"--count must be ≥ 1, got {parsed.count}")
     device = environment.choose_device(parsed.device)
     saved = checkpoint.find(parsed.checkpoint, notify=print)
-    recipe = Recipe(**{**loop.read_config(saved), "impl": "auto"})
-    gan, names = load_gan(saved, recipe, average=not parsed.no_average)
+    gan, names = load_gan(saved, recipe.of_checkpoint(saved, impl="auto"), average=not parsed.no_average)
     gan = gan.to(device)
     folder = pathlib.Path(parsed.output) if parsed.output else checkpoint.run_folder(saved.path) / "generated"
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
     if parsed.count is not None:
         written.append(_write_set(gan, names, parsed, device, folder))

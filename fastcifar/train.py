@@ -17,15 +17,15 @@ _STARTED = time.perf_counter()
 import torch  # noqa: E402
 
 from fastcifar import command_line, data, models, profiling  # noqa: E402
-from fastcifar.training import checkpoint, distributed, environment, loop, recipe, run_folder, trackers  # noqa: E402
+from fastcifar.training import checkpoint, distributed, environment, loop, memory, recipe, run_folder, trackers  # noqa: E402
 from fastcifar.training.adversarial import Adversarial  # noqa: E402
 from fastcifar.training.classify import Classification, load_weights  # noqa: E402
 from fastcifar.training.curves import draw_curves  # noqa: E402
 from fastcifar.training.options import Recipe, flag, options  # noqa: E402
-from fastcifar.training.progress import format_duration, reporter  # noqa: E402
+from fastcifar.training.progress import Lines, format_duration, reporter  # noqa: E402
 
 _RUNS = pathlib.Path("runs")
-_NOT_FINITE, _SAVE_FAILED = 3, 4
+_NOT_FINITE, _SAVE_FAILED, _OUT_OF_MEMORY = 3, 4, 5
 
 
 def _parser() -> command_line.Parser:
@@ -100,7 +100,7 @@ def _resolve(arguments: Any, has_gpu: bool) -> tuple[Recipe, checkpoint.Checkpoi
     flags = flags_of(arguments)
     config = recipe.read_config(arguments.config) if arguments.config else {}
     resume = flags.get("resume", config.get("resume"))
-    if resume is None:
+    if not isinstance(resume, str):
         return recipe.resolve(flags, config, has_gpu=has_gpu), None
     if resume == "auto":
         fresh = recipe.resolve(flags, config, has_gpu=has_gpu)
@@ -111,7 +111,7 @@ def _resolve(arguments: Any, has_gpu: bool) -> tuple[Recipe, checkpoint.Checkpoi
     else:
         place = pathlib.Path(resume)
     saved = checkpoint.find(place, notify=lambda text: print(f"WARNING: {text}", file=sys.stderr))
-    old = loop.read_config(saved)
+    old = saved.config
     wanted = recipe.resolve({**flags, "resume": resume}, {**old, **config, "init_weights": None}, has_gpu=has_gpu)
     changed = recipe.differences(old, dataclasses.asdict(wanted))
     if changed:
@@ -145,7 +145,11 @@ def _place(chosen: Recipe, saved: checkpoint.Checkpoint | None) -> pathlib.Path:
 
 def _check(chosen: Recipe) -> None:
     """All that can be checked before any data is read."""
-    models.create_model(chosen.model, **chosen.model_options)
+    try:
+        models.create_model(chosen.model, **chosen.model_options)
+    except (RuntimeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise command_line.UsageError(f"--model {chosen.model} cannot be built so ({reason})") from error
     trackers.check(chosen)
 
 
@@ -185,6 +189,7 @@ def _result(task: Classification | Adversarial, train_loop: loop.Loop, started_a
         "amp_dtype": str(task.amp_dtype).removeprefix("torch."),
         "device": str(task.device),
         "skipped_steps": int(task.bad_steps),
+        "rollbacks": train_loop.rollbacks,
         "resumed_at": started_at,
         "notices": list(dataset.notices),
         "state_sha256": checkpoint.state_sha256(task.network_tensors()),
@@ -204,19 +209,39 @@ def _train(task: Classification | Adversarial, train_loop: loop.Loop, folder: ru
         return 128 + (stopped.signal or signal.SIGTERM)
     except (loop.NotFinite, loop.SaveFailed) as failure:
         progress.close()
-        print(f"python -m fastcifar.train: error: {failure}", file=sys.stderr)
+        _complain(str(failure))
         return _NOT_FINITE if isinstance(failure, loop.NotFinite) else _SAVE_FAILED
+    except loop.OutOfMemory as failure:
+        progress.close()
+        _complain(memory.describe(task, failure.step, str(failure)))
+        return _OUT_OF_MEMORY
     finally:
         progress.close()
-    if folder is not None:
+    return _report(task, result, progress, folder) if folder is not None else 0
+
+
+def _complain(problem: str) -> None:
+    print(f"python -m fastcifar.train: error: {problem}", file=sys.stderr)
+
+
+def _report(
+    task: Classification | Adversarial, result: dict[str, Any], progress: Lines, folder: run_folder.RunFolder
+) -> int:
+    """Draws the curves, writes and prints the result; the exit status."""
+    status = 0
+    try:
         if not task.recipe.eval_only:
             title = f"{result['model']} on {result['dataset']}, preset {result['preset']}, seed {result['seed']}"
             missing = draw_curves(folder.rows, folder.path / "curves.png", title)
             if missing:
                 progress.message(missing)
-        run_folder.write_json(folder.path / "result.json", result)
-        print(json.dumps(result), flush=True)
-    return 0
+        if not (task.recipe.eval_only and (folder.path / "result.json").exists()):
+            run_folder.write_json(folder.path / "result.json", result)
+    except OSError as failure:
+        _complain(f"the result could not be written to {folder.path} ({failure}); it is printed here only")
+        status = _SAVE_FAILED
+    print(json.dumps(result), flush=True)
+    return status
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -238,6 +263,7 @@ def main(arguments: Sequence[str]) -> int:
     dataset = data.load_dataset(chosen.dataset, chosen.data_dir, download=not parsed.dry_run, seed=0)
     dataset = data.hold_out(dataset, chosen.holdout)
     chosen = recipe.with_budget(chosen, len(dataset.train_images))
+    folder = None
     distributed.join(processes, device)
     try:
         processes.check_same("begins after step", saved.step if saved else 0)
@@ -249,7 +275,7 @@ def main(arguments: Sequence[str]) -> int:
             task.restart_average()
         if parsed.dry_run:
             return _dry_run(chosen, task)
-        folder = run_folder.RunFolder(place, saved.step if saved else 0, columns) if processes.is_first else None
+        folder = run_folder.RunFolder(place, None, columns) if processes.is_first else None
         progress = reporter(chosen.steps, folder.log if folder is not None else None)
         for notice in (*dataset.notices, task.graph_notice):
             if notice:
@@ -257,7 +283,9 @@ def main(arguments: Sequence[str]) -> int:
         train_loop = loop.Loop(task, folder, progress, processes)
         if saved is not None:
             train_loop.resume(saved)
-        if folder is not None:
+        # An evaluation leaves the run that it looks at as it is.
+        if folder is not None and not (chosen.eval_only and saved):
+            folder.rewind(train_loop.step)
             settings["startup_seconds"] = round(time.perf_counter() - _STARTED, 2)
             config = dataclasses.asdict(chosen)
             folder.describe(config, environment.describe(device, settings))
@@ -268,6 +296,8 @@ def main(arguments: Sequence[str]) -> int:
             )
         return _train(task, train_loop, folder)
     finally:
+        if folder is not None:
+            folder.close()
         distributed.leave()
 
 

@@ -113,6 +113,8 @@ def main(arguments: Sequence[str]) -> int:
             flush=True,
         )
         return 128 + (stopped.signal or signal.SIGTERM)
+    except loop.OutOfMemory as failure:
+        raise MemoryError(str(failure)) from failure
     return _report(tuning, name, storage, budget.steps, dataset)
 
 

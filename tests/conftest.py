@@ -28,6 +28,14 @@ def cifar_folder() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def launcher():
+    """Starts processes that have everything imported."""
+    from benchmarks import kills
+
+    return kills.Launcher()
+
+
+@pytest.fixture(scope="session")
 def lpips_weights() -> pathlib.Path:
     """The file of LPIPS's published weights."""
     beside = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data" / "lpips" / "squeeze-v0.1.safetensors"
@@ -35,6 +43,12 @@ def lpips_weights() -> pathlib.Path:
     if not path.is_file():
         pytest.skip("needs LPIPS's published weights: set FASTCIFAR_LPIPS to squeeze-v0.1.safetensors")
     return path
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    """Drawing the curves takes longer than a tiny run."""
+    monkeypatch.setattr("fastcifar.train.draw_curves", lambda *arguments: None)
 
 
 @pytest.fixture

@@ -31,4 +31,4 @@ skipped="rank or one_process or triton or compile or machine_code or launched or
 LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
   ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
   python run.py tests/test_depthwise_native.py tests/test_batch_norm_native.py tests/test_aw_hinge.py \
-  tests/test_aw_hinge_native.py tests/test_spectral.py -k "not ($skipped)" "$@"
+  tests/test_aw_hinge_native.py tests/test_spectral.py tests/test_augment_native.py -k "not ($skipped)" "$@"

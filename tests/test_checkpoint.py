@@ -42,7 +42,7 @@ def test_only_the_newest_are_kept(tmp_path):
     for step in (1, 2, 30, 100):
         save(tmp_path, step)
     (tmp_path / ".tmp-step-00000200-1").mkdir()
-    checkpoint.prune(tmp_path, keep=2)
+    checkpoint.prune(tmp_path, 100, keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000030", "step-00000100"]
 
 

@@ -3,6 +3,7 @@
 import os
 import pickle
 import struct
+import subprocess
 import tarfile
 import tracemalloc
 
@@ -10,7 +11,7 @@ import cifar_files
 import numpy
 import pytest
 
-from fastcifar.data import DataError, archive, cifar, unpickling
+from fastcifar.data import DataError, archive, cifar, folders, unpickling
 
 WANTED = "cifar-100-python/train"
 
@@ -36,6 +37,11 @@ class Call:
         return self.call
 
 
+class Key:
+    def __reduce__(self):
+        return os.mkdir, ("canary",)
+
+
 class Built:
     def __setstate__(self, state):
         raise AssertionError("must not run")
@@ -58,6 +64,16 @@ EVIL = {
     "numpy.save": lambda path: Call(numpy.save, str(path), numpy.zeros(1)),
     "built object": lambda path: Built(),
     "huge allocation": lambda path: Call(numpy.ndarray, (10**13,)),
+    "among arguments": lambda path: Call(numpy.dtype, Call(os.mkdir, "canary")),
+    "below lists, tables and tuples": lambda path: {b"data": [({b"x": [Call(os.mkdir, "canary")]},)]},
+    "as a key": lambda path: {Key(): 1},
+    "twice by the memo": lambda path: [shared := Call(os.mkdir, "canary"), shared],
+    "subprocess": lambda path: Call(subprocess.run, ["touch", "canary"]),
+    "import": lambda path: Call(__import__, "antigravity"),
+    "pickle in a pickle": lambda path: Call(pickle.loads, pickle.dumps(Call(os.mkdir, "canary"))),
+    "a function itself": lambda path: os.system,
+    "a set": lambda path: {1, 2, Key()},
+    "ctypes": lambda path: numpy.ctypeslib.as_array,
     "object array": lambda path: {b"data": numpy.array([Call(os.mkdir, "canary")], dtype=object)},
     "float array": lambda path: {b"data": numpy.zeros(4)},
 }
@@ -85,6 +101,28 @@ HANDMADE = {
     "call ndarray": opcodes(b"cnumpy\nndarray\n", b"(J\x00\x00\x00\x40", b"tR"),
     "wrong length": opcodes(b"cnumpy.core.multiarray\n_reconstruct\n", b"(cnumpy\nndarray\nK\x00\x85U\x01btR",
                             b"(K\x01(K\x05tcnumpy\ndtype\n(U\x02u1K\x00K\x01tR\x89U\x02abtb"),
+    "called from the memo": opcodes(b"cos\nmkdir\nq\x000h\x00", b"X\x06\x00\x00\x00canary\x85R"),
+    "allowed name from the memo, called": opcodes(b"cnumpy\nndarray\nq\x000h\x00", b"K\x05\x85R"),
+    "item of the memo that is not there": opcodes(b"j\xff\xff\xff\x7f"),
+    "memo of 32 GB": opcodes(b"]r\xff\xff\xff\xff"),
+    "memo of 32 GB, as text": b"]p4294967295\n.",
+    "binary persistent id": opcodes(b"U\x06canaryQ"),
+    "new object": opcodes(b"cos\nmkdir\n", b"X\x06\x00\x00\x00canary\x85\x81"),
+    "new object with keywords": b"\x80\x04cos\nmkdir\nX\x06\x00\x00\x00canary\x85}\x92.",
+    "build on a class": opcodes(b"cnumpy\ndtype\n", b"}(U\x08__call__K\x01ub"),
+    "state for an array": opcodes(b"cnumpy.core.multiarray\n_reconstruct\n", b"(cnumpy\nndarray\nK\x00\x85U\x01btR",
+                                  b"}U\x08__dict__K\x01sb"),
+    "out-of-band buffer": b"\x80\x05\x97.",
+    "name with line breaks": b"\x80\x04\x8c\x03o\ns\x8c\x06system\x93.",
+    "huge integer": b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"\1.",
+    "integer of a million digits": b"L" + b"9" * 10**6 + b"L\n.",
+    "huge bytes": b"\x80\x04\x8e" + struct.pack("<Q", 2**63 - 1) + b"x.",
+    "huge text": b"\x80\x04\x8d" + struct.pack("<Q", 2**63) + b"x.",
+    "type whose name doubles forty times": opcodes(b"cnumpy\ndtype\n", b"U\x01x" + b"2\x86" * 40, b"\x85R"),
+    "stack taken empty": opcodes(b"0" * 50),
+    "mark without end": opcodes(b"(" * 100_000),
+    "nesting of a hundred thousand": b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".",
+    "two pickles": pickle.dumps(1) + pickle.dumps({}),
     "not a table": pickle.dumps([1, 2, 3]),
     "text": b"hello",
     "nothing": b"",
@@ -96,8 +134,26 @@ HANDMADE = {
 
 @pytest.mark.parametrize("content", HANDMADE.values(), ids=HANDMADE.keys())
 def test_handmade_pickles(content, canary):
+    tracemalloc.start()
     with pytest.raises(DataError, match="refused, not a CIFAR batch"):
         unpickling.read_table(content, "train")
+    assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
+    tracemalloc.stop()
+
+
+def test_no_attribute_of_an_allowed_function_can_be_set(canary):
+    content = opcodes(b"cnumpy.core.multiarray\n_reconstruct\n", b"(N}U\x0c__defaults__Nstb")
+    with pytest.raises(DataError, match="a state for a function"):
+        unpickling.read_table(content, "train")
+
+
+@pytest.mark.parametrize("name", ["train_images", "class_names"])
+def test_an_npz_with_pickled_objects(name, canary):
+    arrays = {f"{split}_{part}": numpy.zeros(1) for split in ("train", "test") for part in ("images", "labels")}
+    arrays[name] = numpy.array([Call(os.mkdir, "canary")], dtype=object)
+    numpy.savez(canary.parent.parent / "evil.npz", **arrays)
+    with pytest.raises(DataError, match="cannot be read .*pickle"):
+        folders.read_npz(canary.parent.parent / "evil.npz")
 
 
 def test_honest_pickles_are_read():
@@ -124,6 +180,14 @@ EVIL_MEMBERS = {
         ("cifar-100-python/canary", b"x"),
     ],
     "other names only": [("train", b"x")],
+    "a name with a parent folder in it": [("cifar-100-python/../../canary", b"x")],
+    "a name for Windows": [("..\\canary", b"x"), ("C:\\canary", b"x")],
+    "the wanted name with a dot": [("./" + WANTED, b"x")],
+    "block device": [(member(WANTED, tarfile.BLKTYPE), b"")],
+    "link, then the file that it names": [(member(WANTED, tarfile.SYMTYPE, "real"), b""), ("real", b"x")],
+    "link to itself": [(member(WANTED, tarfile.SYMTYPE, WANTED), b"")],
+    "unknown kind": [(member(WANTED, b"Z"), b"")],
+    "setuid file elsewhere": [("usr/bin/canary", b"x")],
 }
 
 

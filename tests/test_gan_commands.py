@@ -8,8 +8,7 @@ import torch
 from training_case import result_of, status_of, write_tiny
 
 from fastcifar import data, evaluate, generate
-from fastcifar.training import checkpoint, gan, loop, sampling
-from fastcifar.training.options import Recipe
+from fastcifar.training import checkpoint, gan, recipe, sampling
 
 CPU = torch.device("cpu")
 
@@ -70,7 +69,7 @@ def test_generate_writes_sheets_sets_and_interpolations(run, tmp_path, capsys):
 
 def load(run):
     saved = checkpoint.find(run / "gan", notify=print)
-    return gan.load_gan(saved, Recipe(**loop.read_config(saved)))
+    return gan.load_gan(saved, recipe.of_checkpoint(saved))
 
 
 def test_interpolations_begin_and_end_at_their_classes(run):

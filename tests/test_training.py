@@ -192,6 +192,7 @@ def test_rows_after_the_resumed_step_are_dropped(tmp_path):
         folder.add({"step": step, "train_loss": math.inf if step == 2 else 0.5})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "tra')
+    folder.close()
     again = run_folder.RunFolder(tmp_path, step=2)
     again.add({"step": 3, "train_loss": 0.25})
     assert [(row["step"], row["train_loss"]) for row in again.rows] == [(1, 0.5), (2, None), (3, 0.25)]

@@ -148,8 +148,8 @@ def _read_folder(version: Version, place: pathlib.Path, verify: bool) -> dict[st
     return contents
 
 
-def _parse_pickles(content: bytes, source: str) -> tuple[numpy.ndarray, numpy.ndarray]:
-    table = unpickling.read_table(content, source)
+def _parse_pickles(content: bytes, source: str, known: bool) -> tuple[numpy.ndarray, numpy.ndarray]:
+    table = unpickling.read_table(content, source, known=known)
     pixels = table.get("data")
     labels = table.get("fine_labels", table.get("labels"))
     if not isinstance(pixels, numpy.ndarray) or pixels.ndim != 2 or pixels.shape[1] != _PIXELS:
@@ -159,7 +159,7 @@ def _parse_pickles(content: bytes, source: str) -> tuple[numpy.ndarray, numpy.nd
     return pixels, numpy.array(labels, numpy.int64)
 
 
-def _parse_records(content: bytes, source: str) -> tuple[numpy.ndarray, numpy.ndarray]:
+def _parse_records(content: bytes, source: str, known: bool) -> tuple[numpy.ndarray, numpy.ndarray]:
     labels = 2 if source.endswith(("train.bin", "test.bin")) else 1  # CIFAR-100 has a coarse label before the fine one
     if len(content) % (_PIXELS + labels):
         raise DataError(f"{source}: {len(content)} bytes are no whole number of images; extract the archive again")
@@ -181,13 +181,13 @@ def _assemble(
     name: str,
     version: Version,
     contents: dict[str, bytes],
-    parse: Callable[[bytes, str], tuple[numpy.ndarray, numpy.ndarray]],
+    parse: Callable[[bytes, str, bool], tuple[numpy.ndarray, numpy.ndarray]],
     place: pathlib.Path,
     verify: bool,
 ) -> ImageDataset:
     arrays = {}
     for split in ("train", "test"):
-        parts = [parse(contents[file], f"{place}/{file}") for file in getattr(version, split)]
+        parts = [parse(contents[file], f"{place}/{file}", verify) for file in getattr(version, split)]
         pixels = numpy.concatenate([part[0] for part in parts])
         images = numpy.ascontiguousarray(pixels.reshape(-1, 3, 1024).transpose(0, 2, 1)).reshape(-1, 32, 32, 3)
         arrays[split] = images, numpy.concatenate([part[1] for part in parts])

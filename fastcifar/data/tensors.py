@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import reprlib
 import struct
 import zipfile
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import safetensors.torch
 import torch
 
 from fastcifar.data.dataset import DataError
+from fastcifar.data.unpickling import Function, check_memo
 
 # The first number of a file before torch 1.6, and the version that follows it.
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
@@ -52,7 +54,7 @@ def _rebuild(storage: Any, offset: Any, size: Any, stride: Any, *ignored: Any) -
     if not isinstance(storage, _Storage) or not isinstance(size, tuple) or not isinstance(stride, tuple):
         raise pickle.UnpicklingError("a tensor without a plain storage")
     if len(size) != len(stride) or not _numbers(offset, *size, *stride):
-        raise pickle.UnpicklingError(f"a tensor of size {size!r}, stride {stride!r} and offset {offset!r}")
+        raise pickle.UnpicklingError(f"a tensor of {reprlib.repr({'size': size, 'stride': stride, 'offset': offset})}")
     return _Strided(storage, offset, size, stride)
 
 
@@ -64,8 +66,8 @@ def _parameter(tensor: Any, *ignored: Any) -> _Strided:
 
 _ALLOWED = {
     ("collections", "OrderedDict"): _Table,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_tensor_v2"): Function(_rebuild),
+    ("torch._utils", "_rebuild_parameter"): Function(_parameter),
     ("torch", "FloatStorage"): torch.float32,
     ("torch", "DoubleStorage"): torch.float64,
     ("torch", "HalfStorage"): torch.float16,
@@ -76,6 +78,7 @@ _ALLOWED = {
 
 class _Unpickler(pickle.Unpickler):
     def __init__(self, stream: io.BytesIO):
+        check_memo(stream)
         super().__init__(stream)
         self.storages: dict[str, _Storage] = {}
 
@@ -87,10 +90,10 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         # The sixth part, of old files, is the storage that this one is a view of.
         if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage" or pid[5:] not in ((), (None,)):
-            raise pickle.UnpicklingError(f"the persistent id {pid!r}")
+            raise pickle.UnpicklingError(f"the persistent id {reprlib.repr(pid)}")
         storage = _Storage(pid[1], pid[2], pid[4])
         if not isinstance(storage.dtype, torch.dtype) or type(storage.key) is not str or not _numbers(storage.count):
-            raise pickle.UnpicklingError(f"the storage {pid!r}")
+            raise pickle.UnpicklingError(f"the storage {reprlib.repr(pid)}")
         if self.storages.setdefault(storage.key, storage) != storage:
             raise pickle.UnpicklingError(f"two kinds of storage {storage.key!r}")
         return storage
@@ -123,7 +126,7 @@ def _read_row(content: bytes) -> tuple[Any, dict[str, bytes]]:
     stream = io.BytesIO(content)
     magic, protocol, system = (_Unpickler(stream).load() for _ in range(3))
     if (magic, protocol) != (_MAGIC, _PROTOCOL) or not isinstance(system, dict) or not system.get("little_endian"):
-        raise pickle.UnpicklingError(f"the head {magic!r}, {protocol!r}, {system!r}")
+        raise pickle.UnpicklingError(f"the head {reprlib.repr((magic, protocol, system))}")
     unpickler = _Unpickler(stream)
     table = unpickler.load()
     contents = {}

@@ -9,11 +9,30 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
+import reprlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy
 
 from fastcifar.data.dataset import DataError
+
+
+class Function:
+    """A function that a pickle may call, and do nothing else with: an ordinary one has attributes that can be set."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., Any]):
+        self._call = call
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._call(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        """Refuses."""
+        raise pickle.UnpicklingError("a state for a function")
 
 
 class _Type:
@@ -22,7 +41,7 @@ class _Type:
     def __init__(self, name: Any, *flags: Any):
         text = name.decode("ascii", "replace") if isinstance(name, bytes) else name
         if text not in ("u1", "|u1", "uint8"):
-            raise pickle.UnpicklingError(f"an array of dtype {text!r}")
+            raise pickle.UnpicklingError(f"an array of dtype {reprlib.repr(text)}")
 
     def __setstate__(self, state: Any) -> None:
         """The byte order, which a byte does not have."""
@@ -38,7 +57,7 @@ class _Array:
         if not isinstance(kind, _Type) or not isinstance(raw, bytes) or fortran:
             raise pickle.UnpicklingError("an array that is not plain bytes")
         if not all(isinstance(n, int) and n >= 0 for n in shape) or math.prod(shape) != len(raw):
-            raise pickle.UnpicklingError(f"an array of shape {shape!r} with {len(raw)} bytes")
+            raise pickle.UnpicklingError(f"an array of shape {reprlib.repr(shape)} with {len(raw)} bytes")
         self.values = numpy.frombuffer(raw, numpy.uint8).reshape(shape)
 
 
@@ -48,16 +67,16 @@ def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
 
 def _encode(text: Any, encoding: Any) -> bytes:
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError(f"bytes encoded as {encoding!r}")
+        raise pickle.UnpicklingError(f"bytes encoded as {reprlib.repr(encoding)}")
     return text.encode("latin-1")
 
 
 _ALLOWED = {
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy.core.multiarray", "_reconstruct"): Function(_reconstruct),
+    ("numpy._core.multiarray", "_reconstruct"): Function(_reconstruct),
     ("numpy", "ndarray"): "numpy.ndarray",  # only ever an argument of _reconstruct
     ("numpy", "dtype"): _Type,
-    ("_codecs", "encode"): _encode,
+    ("_codecs", "encode"): Function(_encode),
 }
 
 
@@ -71,17 +90,36 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("a persistent id")
 
 
-def read_table(content: bytes, source: str) -> dict[str, Any]:
+def check_memo(stream: io.BytesIO) -> None:
+    """Reads over the opcodes of one pickle, running none; the stream is left where it was.
+
+    Raises:
+        pickle.UnpicklingError: a number in the memo beyond what the pickle's length can need: the unpickler would
+            allocate a table up to it.
+        ValueError: it is no pickle.
+    """
+    begin = stream.tell()
+    limit = len(stream.getbuffer())
+    for opcode, argument, _ in pickletools.genops(stream):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument) > limit:
+            raise pickle.UnpicklingError(f"the number {argument} in its memo")
+    stream.seek(begin)
+
+
+def read_table(content: bytes, source: str, *, known: bool = False) -> dict[str, Any]:
     """A pickled dict with text keys, whose arrays become uint8 NumPy arrays.
 
     Args:
         content: the file.
         source: its name, for errors.
+        known: its hash is a published one, so that nothing in it needs to be looked for.
 
     Raises:
         DataError: anything but a dict of the kinds that CIFAR's files hold. Nothing of it has been run.
     """
     try:
+        if not known:
+            check_memo(io.BytesIO(content))
         table = _Unpickler(io.BytesIO(content), encoding="bytes").load()
     except (Exception, MemoryError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]

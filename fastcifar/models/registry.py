@@ -55,11 +55,22 @@ def create_model(name: str, num_classes: int = 100, **options: Any) -> nn.Module
     """
     known = model_options(name)
     for option in options:
-        if option not in known:
-            validation.choose(f"option of {name}", option, known)
+        validation.choose(f"option of {name}", option, known)
+        _check_kind(name, option, options[option], known[option])
     if not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"create_model: num_classes must be an int ≥ 1, got {num_classes!r}")
     return _MODELS[name](num_classes=num_classes, **options)
+
+
+def _check_kind(name: str, option: str, value: Any, default: Any) -> None:
+    """A value must be of the default's kind: true or false, a whole number, a number, a text, or a list of them."""
+    kinds = {bool: bool, int: int, float: (int, float), str: str, tuple: (list, tuple)}
+    fits = isinstance(value, kinds[type(default)]) and isinstance(value, bool) == isinstance(default, bool)
+    if not fits:
+        raise ValueError(f"{name}: {option} must be of the kind of {default!r}, got {value!r}")
+    if isinstance(default, tuple):
+        for part in value:
+            _check_kind(name, f"each of {option}", part, default[0])
 
 
 def count_parameters(model: nn.Module, convention: str = "torch") -> int:

@@ -72,9 +72,10 @@ class Adversarial:
         self.spectral = self._spectral_group()
         self.hinge = fused.AdaptiveWeightedHinge(self.discriminator.parameters(), process_group=group)
         self.update_g, self.update_d = (
-            GuardedStep(build_optimiser(recipe, network), recipe.clip_grad, device, fp16=False)
+            GuardedStep(build_optimiser(recipe, network), network, recipe.clip_grad, device, fp16=False)
             for network in (self.generator, self.discriminator)
         )
+        self.rate_factor = 1.0
         self.sums = torch.zeros(len(AVERAGES), dtype=torch.float64, device=device)
         self.seen = 0
         self.loader = self._build_loader()
@@ -134,7 +135,7 @@ class Adversarial:
     def learning_rate(self, step: int) -> float:
         """That of a 0-based step."""
         recipe = self.recipe
-        return recipe.lr * schedule.factor(recipe.sched, step, recipe.steps, recipe.warmup_steps)
+        return recipe.lr * self.rate_factor * schedule.factor(recipe.sched, step, recipe.steps, recipe.warmup_steps)
 
     def place(self, step: int) -> None:
         """Puts what the step takes from the host where `compute` reads it."""
@@ -282,9 +283,14 @@ class Adversarial:
         return kind | self.judge.describe() | self.evaluation_row()
 
     def restart_average(self) -> None:
-        """Lets the averaged weights begin at the generator's present ones."""
+        """Takes the networks' present weights and statistics, put there from outside, for their first ones."""
         if self.ema is not None:
             self.ema.model.load_state_dict(self.generator.state_dict())
+        self._keep_buffers()
+
+    def _keep_buffers(self) -> None:
+        for _, update, _ in self._updates():
+            update.keep_buffers()
 
     def network_tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of both networks and of the generator's average."""
@@ -307,17 +313,6 @@ class Adversarial:
     def _updates(self) -> list[tuple[str, GuardedStep, nn.Module]]:
         return [("g", self.update_g, self.generator), ("d", self.update_d, self.discriminator)]
 
-    def _check_judge(self, checkpoint: Checkpoint) -> None:
-        """Figures of one run must be of one network, or they cannot be compared."""
-        before = checkpoint.state.get("extractor_sha256")
-        if self.judge is None or before is None or self.recipe.eval_only:
-            return
-        if before != (now := self.judge.extractor.digest):
-            raise CheckpointError(
-                f"{checkpoint.path}: its samples were judged by a network of SHA-256 {before[:12]}…, that of "
-                f"--classifier {self.recipe.classifier} is {now[:12]}…; pass the same one, or none"
-            )
-
     def load_state(self, checkpoint: Checkpoint) -> None:
         """Takes over everything of a checkpoint of the same recipe.
 
@@ -328,9 +323,11 @@ class Adversarial:
         missing = sorted(name for name in expected if name not in checkpoint.tensors)
         if missing:
             raise CheckpointError(f"{checkpoint.path} lacks {missing[0]!r}; it is of another recipe")
-        self._check_judge(checkpoint)
+        if self.judge is not None and not self.recipe.eval_only:
+            self.judge.check_same(checkpoint)
         parts = by_part(checkpoint.tensors)
         self.model.load_state_dict(parts["model"])
+        self._keep_buffers()
         if self.ema is not None:
             self.ema.model.load_state_dict(parts["ema"])
         for name, update, network in self._updates():

@@ -83,7 +83,8 @@ class Classification:
         self.ema = WeightAverage(self.model, recipe.model_ema_decay) if recipe.model_ema_decay else None
         self.optimiser = build_optimiser(recipe, self.model)
         fp16 = self.amp_dtype == torch.float16
-        self.update = GuardedStep(self.optimiser, recipe.clip_grad, device, fp16)
+        self.update = GuardedStep(self.optimiser, self.model, recipe.clip_grad, device, fp16)
+        self.rate_factor = 1.0
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.seen = 0
@@ -148,7 +149,7 @@ class Classification:
     def learning_rate(self, step: int) -> float:
         """That of a 0-based step."""
         recipe = self.recipe
-        return recipe.lr * schedule.factor(recipe.sched, step, recipe.steps, recipe.warmup_steps)
+        return recipe.lr * self.rate_factor * schedule.factor(recipe.sched, step, recipe.steps, recipe.warmup_steps)
 
     def train_step(self, step: int) -> None:
         """Trains on the global batch of this 0-based step."""
@@ -214,9 +215,10 @@ class Classification:
         return None
 
     def restart_average(self) -> None:
-        """Lets the averaged weights begin at the network's present ones."""
+        """Takes the network's present weights and statistics, put there from outside, for its first ones."""
         if self.ema is not None:
             self.ema.model.load_state_dict(self.model.state_dict())
+        self.update.keep_buffers()
 
     def take_averages(self) -> dict[str, float]:
         """Mean loss and accuracy (percent) over the batches since the last call, of all processes."""
@@ -289,6 +291,7 @@ class Classification:
             raise CheckpointError(f"{checkpoint.path} lacks {missing[0]!r}; it is of another recipe")
         parts = by_part(tensors)
         self.model.load_state_dict(parts["model"])
+        self.update.keep_buffers()
         if self.ema is not None:
             self.ema.model.load_state_dict(parts["ema"])
         load_optimiser(self.optimiser, self.model, parts.get("optimiser", {}))

@@ -43,15 +43,19 @@ def load_gan(saved: Checkpoint, recipe: Recipe, *, average: bool = True) -> tupl
             f"{saved.path} holds the classifier {recipe.model}; generating needs the run of a GAN "
             f"({', '.join(models.list_models(gan=True))})"
         )
-    if "class_names" not in saved.state:
+    names = saved.state.get("class_names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{saved.path} names no classes; the file is damaged")
-    names = tuple(saved.state["class_names"])
     gan = build_gan(recipe, len(names))
-    gan.load_state_dict({n.removeprefix("model."): t for n, t in saved.tensors.items() if n.startswith("model.")})
     averaged = {n.removeprefix("ema."): t for n, t in saved.tensors.items() if n.startswith("ema.")}
-    if average and averaged:
-        gan.generator.load_state_dict(averaged)
-    return gan.eval().requires_grad_(False), names
+    try:
+        gan.load_state_dict({n.removeprefix("model."): t for n, t in saved.tensors.items() if n.startswith("model.")})
+        if average and averaged:
+            gan.generator.load_state_dict(averaged)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{saved.path} holds another network than its configuration says ({reason})") from error
+    return gan.eval().requires_grad_(False), tuple(names)
 
 
 def discriminator_loss(kind: str, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:

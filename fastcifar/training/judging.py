@@ -44,6 +44,19 @@ class Judge:
             "resize": self.extractor.resize,
         }
 
+    def check_same(self, checkpoint: checkpoints.Checkpoint) -> None:
+        """Figures of one run must be of one network, or they cannot be compared.
+
+        Raises:
+            CheckpointError: the run's samples were judged by another network so far.
+        """
+        before, now = checkpoint.state.get("extractor_sha256"), self.extractor.digest
+        if before is not None and before != now:
+            raise checkpoints.CheckpointError(
+                f"{checkpoint.path}: its samples were judged by a network of SHA-256 {before[:12]}…, that of "
+                f"--classifier is {now[:12]}…; pass the same one, or none"
+            )
+
     def warnings(self) -> list[str]:
         """What makes the figures worse than the generator is."""
         few = min(self.count, self.reference.statistics.count)
@@ -129,7 +142,7 @@ def classifier_features(path: str, dataset: data.ImageDataset, device: torch.dev
         ValueError: there is none, it is a GAN's, or of another number of classes.
     """
     saved = checkpoints.find(path, notify=lambda text: None)
-    config = saved.state["config"]
+    config = saved.config
     if config["model"] in models.list_models(gan=True):
         raise ValueError(f"{saved.path} holds the GAN {config['model']}; --classifier needs a classifier's run")
     network = models.create_model(config["model"], num_classes=dataset.num_classes, **config["model_options"])

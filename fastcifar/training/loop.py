@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import pathlib
+import statistics
 import time
 from typing import Any
 
 import torch
 
-from fastcifar.training import checkpoint
+from fastcifar.training import checkpoint, memory
 from fastcifar.training.adversarial import Adversarial
 from fastcifar.training.classify import Classification
 from fastcifar.training.distributed import Processes
@@ -16,6 +19,11 @@ from fastcifar.training.profile import StepProfile
 from fastcifar.training.progress import Lines
 from fastcifar.training.run_folder import RunFolder
 from fastcifar.training.signals import StopRequest
+
+# With --nan rollback: how often a run may go back before it stops.
+ROLLBACKS = 5
+# How many times slower than usual, and by how many seconds at least, the steps of a row must be for a warning.
+STALL_FACTOR, STALL_SECONDS = 5.0, 10.0
 
 
 class Stopped(Exception):
@@ -28,6 +36,14 @@ class Stopped(Exception):
 
 class NotFinite(Exception):
     """A loss or gradient was not finite and the recipe says to stop; the weights are those before it."""
+
+
+class OutOfMemory(Exception):
+    """A step did not fit into the memory."""
+
+    def __init__(self, step: int, reason: str):
+        super().__init__(reason)
+        self.step = step
 
 
 class SaveFailed(Exception):
@@ -43,6 +59,8 @@ class Loop:
         progress: told what happens.
         processes: all processes of the run.
         step, seconds: what an earlier part of the run has done, and the time that its steps took.
+
+    `rollbacks` counts how often --nan rollback went back.
     """
 
     def __init__(
@@ -63,7 +81,11 @@ class Loop:
         self._ask_every = 10 if processes.world_size > 1 and task.device.type == "cuda" else 1
         self._since = (step, seconds)
         self._saved = step if step else -1
-        self._warned = self._told = False
+        self._warned = self._told = self._refused = False
+        self._bad = 0
+        self.rollbacks = 0
+        self._good: checkpoint.Checkpoint | None = None
+        self._paces: collections.deque[float] = collections.deque(maxlen=50)
         self._profile: StepProfile | None = None
         if self.recipe.profile and folder is not None:
             self._profile = StepProfile(task, folder.path / "profile")
@@ -72,32 +94,48 @@ class Loop:
         """All steps that are left.
 
         Raises:
-            Stopped, NotFinite, SaveFailed.
+            Stopped, NotFinite, OutOfMemory, SaveFailed.
         """
         steps = self.recipe.steps
+        self._remember()
         with StopRequest() as stop:
             while self.step < steps:
                 started = time.perf_counter()
-                self._train_step(self.step)
+                self._train_step()
                 self.step += 1
                 due = self._due(self._log_every) or self._due(self.recipe.eval_every) or self.step == steps
                 if due:
                     self._wait()
                 self.seconds += time.perf_counter() - started
-                if due:
-                    self._row()
                 # The same answer everywhere, whichever process the signal went to.
                 signal = self.processes.largest(stop.signal or 0) if self.step % self._ask_every == 0 else 0
-                if self._due(self.recipe.save_every) or self.step == steps or signal:
+                save = self._due(self.recipe.save_every) or self.step == steps or signal > 0
+                if (due or save) and self._settle_bad_steps():
+                    continue
+                if due:
+                    self._row()
+                if save:
+                    self._remember()
                     self._save(last=self.step == steps or signal > 0)
                 if signal and self.step < steps:
                     raise Stopped(signal, self.step)
 
-    def _train_step(self, step: int) -> None:
-        if self._profile is None:
-            self.task.train_step(step)
+    def _train_step(self) -> None:
+        try:
+            if self._profile is None:
+                self.task.train_step(self.step)
+            else:
+                self._train_profiled()
             return
-        self._profile.train_step(step)
+        except (MemoryError, RuntimeError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+        # Out of reach of the error, whose frames hold the tensors of the failed step.
+        raise OutOfMemory(self.step, reason)
+
+    def _train_profiled(self) -> None:
+        self._profile.train_step(self.step)
         if self._profile.report is not None:
             self.progress.message(self._profile.report)
             self._profile = None
@@ -110,7 +148,6 @@ class Loop:
             torch.cuda.synchronize(self.task.device)
 
     def _row(self) -> None:
-        self._check_finite()
         recipe = self.recipe
         steps, seconds = self.step - self._since[0], self.seconds - self._since[1]
         self._since = (self.step, self.seconds)
@@ -125,11 +162,14 @@ class Loop:
         }
         if self._due(recipe.eval_every) or self.step == recipe.steps:
             row |= self.task.evaluation_row()
-            if self.folder is not None:
-                self.task.write_samples(self.folder.path / "samples", self.step)
+            self._write_samples()
         if self.folder is not None:
             self.folder.add(row)
+            if self.folder.problem and not self._refused:
+                self.progress.message(f"WARNING: metrics cannot be written ({self.folder.problem}); tried again later")
+            self._refused = self.folder.problem is not None
         self.progress.show(row)
+        self._watch_pace(steps, seconds)
         graph = self.task.graph
         if graph is not None and graph.failure is not None and not self._told:
             self.progress.message(f"WARNING: steps are not captured in a CUDA graph: {graph.failure}")
@@ -139,18 +179,77 @@ class Loop:
             self.progress.message(warning)
         self._warned = warning is not None
 
-    def _check_finite(self) -> None:
+    def _write_samples(self) -> None:
+        if self.folder is None:
+            return
+        try:
+            self.task.write_samples(self.folder.path / "samples", self.step)
+        except OSError as error:
+            self.progress.message(f"WARNING: no samples at step {self.step} ({error})")
+
+    def _watch_pace(self, steps: int, seconds: float) -> None:
+        pace = seconds / max(steps, 1)
+        usual = statistics.median(self._paces) if len(self._paces) >= 5 else pace
+        self._paces.append(pace)
+        if pace > STALL_FACTOR * usual and seconds - steps * usual > STALL_SECONDS:
+            self.progress.message(
+                f"WARNING: the last {steps} steps took {seconds:.0f} s, usual are {steps * usual:.1f} s; is something "
+                "else using this machine?"
+            )
+
+    def _settle_bad_steps(self) -> bool:
+        """Obeys --nan where steps since the last look were not finite; whether the run went back."""
         bad = int(self.task.bad_steps)
         # In float16 each process looks at its own loss.
-        if not self.processes.any(bad > 0):
-            return
+        if not self.processes.any(bad > self._bad):
+            return False
+        self._bad = bad
         first = self.processes.largest(int(self.task.first_bad)) + 1
-        if self.recipe.nan == "stop":
-            raise NotFinite(
-                f"loss or gradients were not finite at step {first} ({bad} such steps, none of which changed the "
-                f"weights); lower --lr {self.recipe.lr:g}, set --clip-grad 1, or pass --nan skip"
-            )
-        self.progress.message(f"skipped {bad} steps so far whose loss or gradients were not finite (first: {first})")
+        what = "loss or gradients were not finite"
+        if self.recipe.nan == "skip":
+            self.progress.message(f"skipped {bad} steps so far whose {what} (first: {first})")
+            return False
+        if self.recipe.nan == "rollback" and self.rollbacks < ROLLBACKS:
+            self._go_back(f"{what} at step {first}")
+            return True
+        tried = f" after {self.rollbacks} returns to earlier steps" if self.rollbacks else ""
+        raise NotFinite(
+            f"{what} at step {first}{tried} ({bad} such steps, none of which changed the weights); lower --lr "
+            f"{self.recipe.lr:g}, set --clip-grad 1, or pass --nan skip"
+        )
+
+    def _remember(self) -> None:
+        """Keeps the state to go back to; in memory, as every process needs its own and a disk may fail."""
+        if self.recipe.nan == "rollback":
+            tensors, state = self.task.state()
+            copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+            self._good = checkpoint.Checkpoint(self.step, copies, state, pathlib.Path("memory"))
+
+    def _go_back(self, found: str) -> None:
+        """To the last state that was kept, with half the learning rate from there on.
+
+        Source: Zhang et al., OPT, 2022, where people did so by hand.
+        """
+        good = self._good
+        copies = {name: tensor.clone() for name, tensor in good.tensors.items()}
+        self.task.load_state(dataclasses.replace(good, tensors=copies))
+        self.step, self._since, self._bad = good.step, (good.step, self.seconds), int(self.task.bad_steps)
+        self._set_rollbacks(self.rollbacks + 1)
+        if self.folder is not None:
+            self._rewind(self.folder)
+        self.progress.message(
+            f"WARNING: {found}: back to step {self.step}, learning rate × {self.task.rate_factor:g} from here "
+            f"({self.rollbacks} of {ROLLBACKS} times)"
+        )
+
+    def _rewind(self, folder: RunFolder) -> None:
+        try:
+            folder.rewind(self.step)
+        except OSError as error:
+            folder.problem = str(error)
+
+    def _set_rollbacks(self, count: int) -> None:
+        self.rollbacks, self.task.rate_factor = count, 0.5**count
 
     def _save(self, *, last: bool) -> None:
         if self._saved == self.step:
@@ -170,30 +269,31 @@ class Loop:
         if self.folder is None:
             return None
         state |= {"config": dataclasses.asdict(self.recipe), "seconds": self.seconds, "since": list(self._since)}
+        state["rollbacks"] = self.rollbacks
+        self.folder.flush()
         place = self.folder.path / "checkpoints"
         try:
             checkpoint.save(place, self.step, tensors, state)
-            checkpoint.prune(place, self.recipe.keep_last)
+            checkpoint.prune(place, self.step, self.recipe.keep_last)
             self._saved = self.step
         except OSError as error:
             return error
         return None
 
     def resume(self, saved: checkpoint.Checkpoint) -> None:
-        """Goes on from a checkpoint."""
-        self.task.load_state(saved)
+        """Goes on from a checkpoint.
+
+        Raises:
+            CheckpointError: it is of another recipe, or its JSON is not what a run writes.
+        """
+        try:
+            self.task.load_state(saved)
+            self.seconds = float(saved.state["seconds"])
+            step, seconds = saved.state["since"]
+            self._since = (int(step), float(seconds))
+            self._set_rollbacks(int(saved.state.get("rollbacks", 0)))
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise checkpoint.CheckpointError(f"{saved.path} is not a checkpoint of this recipe ({reason})") from error
         self.step = self._saved = saved.step
-        self.seconds = saved.state["seconds"]
-        self._since = tuple(saved.state["since"])
-
-
-def read_config(saved: checkpoint.Checkpoint) -> dict[str, Any]:
-    """The options of the run that a checkpoint belongs to.
-
-    Raises:
-        CheckpointError: it holds none.
-    """
-    config = saved.state.get("config") if isinstance(saved.state, dict) else None
-    if not isinstance(config, dict):
-        raise checkpoint.CheckpointError(f"{saved.path}/checkpoint.json holds no configuration; the file is damaged")
-    return config
+        self._bad = int(self.task.bad_steps)

@@ -29,22 +29,32 @@ def build_optimiser(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 class GuardedStep:
     """Backward, unscaling, clipping and the optimiser's step, with no synchronisation between host and device.
 
-    The weights stay as they are when a gradient is not finite; `bad_steps` counts such steps and `first_bad` is the
-    first of them (−1: none), both int64 tensors on the device.
+    Weights and buffers stay as they are when a gradient is not finite; `bad_steps` counts such steps and `first_bad` is
+    the first of them (−1: none), both int64 tensors on the device.
 
     Args:
         optimiser: a fused one.
+        network: whose parameters it updates; its buffers, such as running statistics, have seen the bad batch.
         clip_grad: largest gradient norm, 0 for no limit.
         fp16: scale the loss, as gradients below 6e-8 vanish in float16.
     """
 
-    def __init__(self, optimiser: torch.optim.Optimizer, clip_grad: float, device: torch.device, fp16: bool):
+    def __init__(
+        self,
+        optimiser: torch.optim.Optimizer,
+        network: nn.Module,
+        clip_grad: float,
+        device: torch.device,
+        fp16: bool,
+    ):
         self.optimiser = optimiser
         self.clip_grad = clip_grad
         self.scaler = torch.amp.GradScaler(device.type) if fp16 else None
         self.bad_steps = torch.zeros((), dtype=torch.int64, device=device)
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._parameters = [p for group in optimiser.param_groups for p in group["params"]]
+        self._buffers = [b for b in network.buffers() if b.is_floating_point() and b.numel()]
+        self.keep_buffers()
 
     def __call__(self, loss: torch.Tensor, step: int | torch.Tensor, learning_rate: float | torch.Tensor) -> None:
         """One update for a scalar loss; tensors [] for step and rate where it will be captured in a CUDA graph."""
@@ -78,6 +88,24 @@ class GuardedStep:
             self.scaler.step(self.optimiser)
             self.scaler.update()
 
+    def keep_buffers(self) -> None:
+        """Takes the network's present buffers for good ones; after loading others."""
+        self._kept = self._flat_buffers()
+
+    def _flat_buffers(self) -> torch.Tensor | None:
+        return torch.cat([b.detach().flatten() for b in self._buffers]) if self._buffers else None
+
+    @torch.no_grad()
+    def _restore_buffers(self, bad: torch.Tensor) -> None:
+        """After a bad step those of the step before; a few launches, however many buffers."""
+        if not self._buffers:
+            return
+        kept = torch.where(bad, self._kept, self._flat_buffers())
+        self._kept.copy_(kept)
+        parts = kept.split([b.numel() for b in self._buffers])
+        torch._foreach_copy_(self._buffers, [part.view_as(b) for part, b in zip(parts, self._buffers, strict=True)])
+
     def _record(self, bad: torch.Tensor, step: int | torch.Tensor) -> None:
         self.bad_steps += bad
         self.first_bad.copy_(torch.where(bad & (self.first_bad < 0), step, self.first_bad))
+        self._restore_buffers(bad)

@@ -107,7 +107,7 @@ class Recipe:
     eval_every: int | None = _count(None, "steps between evaluations; default: five in a run; 0 for the last", _LIFE)
     eval_only: bool = _option(False, "evaluate the weights of --resume or --init-weights, train nothing", _LIFE, bool)
     tta: bool = _option(False, "also evaluate with mirrored and shifted copies of each image", _LIFE, bool)
-    nan: str = _option("stop", "on a loss or gradient that is not finite", _LIFE, choices=("stop", "skip"))
+    nan: str = _option("stop", "on a loss or gradient that is not finite", _LIFE, choices=("stop", "skip", "rollback"))
 
     tensorboard: bool = _option(False, "also log to TensorBoard", _LOGS, bool)
     wandb: bool = _option(False, "also log to Weights & Biases", _LOGS, bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -56,7 +57,8 @@ class Lines:
     def message(self, text: str) -> None:
         """A line of its own."""
         self.log(text)
-        print(text, flush=True)
+        with contextlib.suppress(OSError):  # a closed pipe or a full disk must not end the run
+            print(text, flush=True)
 
     def show(self, row: dict[str, Any]) -> None:
         """The newest metrics."""

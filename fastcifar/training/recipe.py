@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from fastcifar import models, validation
 from fastcifar.metrics import METRICS
+from fastcifar.training.checkpoint import Checkpoint, CheckpointError
 from fastcifar.training.options import Recipe, flag
 
 # The published recipe gives no strength for its colour jitter; 0.1 is ours.
@@ -44,6 +44,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {"seed": _SEED, "fast": _FAST, "demo"
 # A small plain network without batch norm diverges at the rates that the others learn fastest with.
 _BY_MODEL = {"small_filters_cnn": {"fast": {"lr": 0.1}, "demo": {"lr": 0.1}}}
 POLICIES = ("color", "translation", "cutout")
+_CONFIG_LIMIT = 2**16
 _WARMUP_SHARE = {"constant": 0.0, "cosine": 0.05, "linear": 0.2, "onecycle": 0.3}
 
 
@@ -154,21 +155,42 @@ def with_budget(recipe: Recipe, images: int) -> Recipe:
     return dataclasses.replace(recipe, steps=steps, epochs=None, warmup_steps=warmup, eval_every=every or steps)
 
 
+def of_checkpoint(saved: Checkpoint, **changes: Any) -> Recipe:
+    """The recipe of the run that a checkpoint belongs to, with some options changed.
+
+    Raises:
+        CheckpointError: it holds none, or one that this version does not know.
+    """
+    try:
+        return Recipe(**{**saved.config, **changes})
+    except (TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{saved.path}/checkpoint.json holds options that this version does not know ({error}); update fastcifar"
+        ) from error
+
+
 def read_config(path: str) -> dict[str, Any]:
     """A YAML or JSON configuration file: a table of option names and values.
 
     Raises:
-        ValueError: not a table, or not valid YAML.
+        ValueError: not a table, not valid YAML, too large, or with aliases.
         OSError: the file cannot be read.
     """
-    text = pathlib.Path(path).read_text(encoding="utf-8", errors="strict")
+    with open(path, "rb") as file:
+        raw = file.read(_CONFIG_LIMIT + 1)
+    if len(raw) > _CONFIG_LIMIT:
+        raise ValueError(f"--config {path}: more than {_CONFIG_LIMIT} bytes are no configuration")
     try:
         import yaml
     except ImportError as error:
         raise ValueError(f"--config {path}: needs PyYAML, which is not installed; run `pip install PyYAML`") from error
     try:
+        text = raw.decode()
+        _refuse_bombs(yaml, text)
         table = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"--config {path}: not valid YAML: {reason}") from error
     if table is None:
@@ -176,6 +198,15 @@ def read_config(path: str) -> dict[str, Any]:
     if not isinstance(table, dict) or not all(isinstance(key, str) for key in table):
         raise ValueError(f"--config {path}: must be a table of option names and values")
     return {key.replace("-", "_"): value for key, value in table.items()}
+
+
+def _refuse_bombs(yaml: Any, text: str) -> None:
+    """A few aliases of aliases stand for more values than there is memory; deep nesting takes hours to read."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > 10:
+            raise ValueError("aliases and deep nesting are not allowed")
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

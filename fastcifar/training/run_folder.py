@@ -1,7 +1,11 @@
-"""The files of a run: configuration, environment, log, metrics, curves, result."""
+"""The files of a run: configuration, environment, log, metrics, curves, result.
+
+Once the run goes on, none of them ends it: what a full disk refuses is warned of and written later.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -10,6 +14,8 @@ import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
+
+from fastcifar.training import durable
 
 COLUMNS = (
     "step", "epoch", "learning_rate", "train_loss", "train_accuracy", "images_per_second", "seconds", "test_loss",
@@ -45,9 +51,7 @@ def newest_folder(parent: pathlib.Path, name: str) -> pathlib.Path:
 
 def write_json(path: pathlib.Path, content: Any) -> None:
     """Replaces a JSON file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+    durable.replace(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 class RunFolder:
@@ -55,49 +59,108 @@ class RunFolder:
 
     Args:
         path: the folder, made when missing.
-        step: the step that the run goes on from; rows of later steps, which a killed run left, are dropped.
+        step: the step that the run goes on from; rows of later steps, which a killed run left, are dropped. None:
+            `rewind` will say.
         columns: names that a row may hold.
+
+    Raises:
+        ValueError: another process has it.
+        OSError: it cannot be written.
     """
 
-    def __init__(self, path: pathlib.Path, step: int = 0, columns: tuple[str, ...] = COLUMNS):
+    def __init__(self, path: pathlib.Path, step: int | None = 0, columns: tuple[str, ...] = COLUMNS):
         self.path, self.columns = path, columns
         self.trackers: list[Callable[[dict[str, Any]], None]] = []
-        path.mkdir(parents=True, exist_ok=True)
-        self.rows = [row for row in _read_rows(path / "metrics.jsonl", columns) if row["step"] <= step]
-        self._rewrite("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.problem: str | None = None
+        durable.make_folder(path)
+        self._claim = _claim(path)
+        self.rows = _read_rows(path / "metrics.jsonl", columns)
+        if step is not None:
+            self.rewind(step)
+
+    def close(self) -> None:
+        """Leaves the folder to other processes."""
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
+
+    def rewind(self, step: int) -> None:
+        """Drops the rows after a step and writes the rest anew.
+
+        Raises:
+            OSError: as the system says; the old files are untouched.
+        """
+        self.rows = [row for row in self.rows if row["step"] <= step]
+        self._write_rows()
+
+    def _write_rows(self) -> None:
+        lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+        durable.replace(self.path / "metrics.jsonl", lines.encode())
         table = io.StringIO()
-        writer = csv.DictWriter(table, columns, lineterminator="\n")
+        writer = csv.DictWriter(table, self.columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        self._rewrite("metrics.csv", table.getvalue())
-
-    def _rewrite(self, name: str, text: str) -> None:
-        temporary = self.path / f".{name}.tmp"
-        temporary.write_text(text)
-        os.replace(temporary, self.path / name)
+        durable.replace(self.path / "metrics.csv", table.getvalue().encode())
 
     def describe(self, config: dict[str, Any], environment: dict[str, Any]) -> None:
         """Writes config.yaml (which `--config` reads) and env.json."""
         # JSON is YAML: the file can be written where PyYAML is missing.
         lines = [f"{key}: {json.dumps(value)}\n" for key, value in config.items() if value is not None]
-        self._rewrite("config.yaml", "".join(lines))
+        durable.replace(self.path / "config.yaml", "".join(lines).encode())
         write_json(self.path / "env.json", environment)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Appends a row of metrics; its step must lie after the last one."""
+        """Appends a row of metrics; its step must lie after the last one.
+
+        Where the files cannot be written, `problem` says why until they can be; the rows wait in memory for that.
+        """
         row = {key: _finite(value) for key, value in row.items()}
         self.rows.append(row)
+        try:
+            if self.problem is None:
+                self._append(row)
+            else:  # the files may end in half a row
+                self._write_rows()
+            self.problem = None
+        except OSError as error:
+            self.problem = str(error)
+        for tracker in self.trackers:
+            tracker(row)
+
+    def _append(self, row: dict[str, Any]) -> None:
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
         with open(self.path / "metrics.csv", "a", newline="") as file:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
-        for tracker in self.trackers:
-            tracker(row)
+
+    def flush(self) -> None:
+        """Flushes the metrics to the disk, where they can be written."""
+        with contextlib.suppress(OSError):
+            durable.flush(self.path / "metrics.jsonl")
+            durable.flush(self.path / "metrics.csv")
 
     def log(self, line: str) -> None:
-        """Appends a line to log.txt."""
-        with open(self.path / "log.txt", "a") as file:
+        """Appends a line to log.txt, where it can be written."""
+        with contextlib.suppress(OSError), open(self.path / "log.txt", "a") as file:
             file.write(line + "\n")
+
+
+def _claim(path: pathlib.Path) -> int | None:
+    """A descriptor that keeps other processes out as long as it is open; None where the system knows no such locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"another process is training in {path}; wait for it, or choose another --output") from None
+    except OSError:  # some network file systems have none
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _finite(value: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 from types import FrameType
 
@@ -32,4 +34,7 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal is not None:
             raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nsaving after this step; once more to stop at once\n")
         self.signal = int(number)

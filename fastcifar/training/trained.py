@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from fastcifar import data, models
-from fastcifar.training import checkpoint, classify, loop
+from fastcifar.training import checkpoint, classify, recipe
 from fastcifar.training.options import Recipe
 
 
@@ -20,15 +20,6 @@ class Trained(NamedTuple):
     recipe: Recipe
     dataset: data.ImageDataset
     saved: checkpoint.Checkpoint
-
-
-def read_recipe(saved: checkpoint.Checkpoint) -> Recipe:
-    """The recipe of a checkpoint's run, for any device here.
-
-    Raises:
-        CheckpointError: it holds none.
-    """
-    return Recipe(**{**loop.read_config(saved), "impl": "auto", "device": "auto"})
 
 
 def load_classifier(
@@ -49,12 +40,12 @@ def load_classifier(
         ValueError: no such checkpoint or data set, or it holds a GAN or another network.
     """
     saved = checkpoint.find(path, notify=notify)
-    recipe = read_recipe(saved)
-    if recipe.model in models.list_models(gan=True):
-        raise checkpoint.CheckpointError(f"{saved.path} holds the GAN {recipe.model}; a classifier is needed here")
-    images = data.load_dataset(dataset or recipe.dataset, data_dir or recipe.data_dir)
+    chosen = recipe.of_checkpoint(saved, impl="auto", device="auto")
+    if chosen.model in models.list_models(gan=True):
+        raise checkpoint.CheckpointError(f"{saved.path} holds the GAN {chosen.model}; a classifier is needed here")
+    images = data.load_dataset(dataset or chosen.dataset, data_dir or chosen.data_dir)
     for notice in images.notices:
         notify(notice)
-    model = classify.build_model(recipe, images)
+    model = classify.build_model(chosen, images)
     classify.load_weights(model, saved)
-    return Trained(model.eval(), recipe, images, saved)
+    return Trained(model.eval(), chosen, images, saved)

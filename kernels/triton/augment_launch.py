@@ -10,14 +10,15 @@ import triton
 from .augment import augment_kernel
 from .cases import TYPES, Case
 
-TILE, MOST_COLUMNS, WARPS = 2048, 256, 4
+# Values of a tile; with jitter each takes three loads and more registers.
+TILE, JITTER_TILE, MOST_COLUMNS, WARPS = 2048, 1024, 256, 4
 # About so many programs, where the images are few and large.
 PROGRAMS = 512
 
 
-def _tile(width: int) -> dict[str, int]:
+def _tile(width: int, color_jitter: float) -> dict[str, int]:
     columns = min(MOST_COLUMNS, triton.next_power_of_2(3 * width))
-    return {"ROWS": TILE // columns, "COLUMNS": columns}
+    return {"ROWS": (JITTER_TILE if color_jitter else TILE) // columns, "COLUMNS": columns}
 
 
 def augment(
@@ -47,7 +48,7 @@ def augment(
     count, _, height, width = made.shape
     if made.numel() == 0:
         return
-    tile = _tile(width)
+    tile = _tile(width, color_jitter)
     tiles = triton.cdiv(height, tile["ROWS"]) * triton.cdiv(3 * width, tile["COLUMNS"])
     parts = min(tiles, triton.cdiv(PROGRAMS, count))
     on_device = isinstance(step, torch.Tensor)
@@ -80,7 +81,8 @@ def static_cases() -> Iterator[Case]:
         for dtype, size in ((d, s) for d in TYPES for s in (32, 224)):
             if (dtype, size) != ("bf16", 32) and (name != "mixup, jitter, cutout" or dtype == "fp16"):
                 continue
-            constants = {**defaults, **options, "HEIGHT": size, "WIDTH": size, **_tile(size)}
+            constants = {**defaults, **options, "HEIGHT": size, "WIDTH": size}
+            constants |= _tile(size, constants["STRENGTH"])
             types = {"images_ptr": "*u8", "indices_ptr": "*i64", "out_ptr": f"*{dtype}", "step_ptr": "*i64"}
             types["flips_ptr"] = constants.pop("flips_ptr", None)
             mixes = constants["MIXING"] != "none"
