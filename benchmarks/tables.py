@@ -156,7 +156,19 @@ def promises_table() -> str:
     return f"{markdown(promises.rows())}{source('promises')}{source('kills')}"
 
 
+def compress_table() -> str:
+    """Pruned and quantised networks."""
+    return markdown(stored("compress-cpu")["rows"]) + source("compress-cpu")
+
+
+def robustness_table() -> str:
+    """Accuracy under attack."""
+    return markdown(stored("robustness")["rows"]) + source("robustness")
+
+
 TABLES = {
+    "compress": compress_table,
+    "robustness": robustness_table,
     "promises": promises_table,
     "passes": passes_table,
     "gan": gan_table,
