@@ -8,8 +8,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import fastcifar
-from fastcifar import models
-from fastcifar.folding import fold_batch_norm
+from fastcifar import fold_batch_norm, models
 from fastcifar.nn import BatchNormAct, DepthwiseConvBNAct
 
 pytestmark = pytest.mark.usefixtures("one_thread")

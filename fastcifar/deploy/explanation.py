@@ -96,8 +96,11 @@ def draw(
         raise ValueError(f"{path.name} needs matplotlib ({error}); run `pip install matplotlib`") from error
     columns = min(_COLUMNS, len(images))
     rows = -(-len(images) // columns)
-    sheet = figure.Figure(figsize=(3.6 * columns, 1.75 * rows + 0.4), layout="constrained")
-    sheet.suptitle(f"image · Grad-CAM of {found.layer} · integrated gradients", fontsize=9)
+    sheet = figure.Figure(figsize=(3.6 * columns, 1.5 * rows + 0.5), layout="constrained")
+    sheet.suptitle(
+        f"image · Grad-CAM of {found.layer} · integrated gradients; class → predicted class, its probability",
+        fontsize=9,
+    )
     cells = numpy.atleast_1d(sheet.subfigures(rows, columns)).reshape(-1)
     strength = found.integrated_gradients.abs().sum(1)
     strength = strength / strength.flatten(1).quantile(0.99, 1).clamp_min(1e-12)[:, None, None]

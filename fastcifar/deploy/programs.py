@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import pathlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -54,10 +55,13 @@ def write(path: pathlib.Path, kind: str, model: nn.Module, inputs: Mapping[str, 
     if kind == "torch":
         torch.export.save(torch.export.export(plain, tuple(inputs.values()), dynamic_shapes=shapes), path)
         return
-    torch.onnx.export(
-        plain, tuple(inputs.values()), path, input_names=list(inputs), output_names=[output], dynamo=True,
-        dynamic_shapes=shapes, external_data=False, verbose=False,
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        # Two inputs of one batch size: the exporter says that it gives the name once.
+        warnings.filterwarnings("ignore", message=".*axis name: batch will not be used")
+        torch.onnx.export(
+            plain, tuple(inputs.values()), path, input_names=list(inputs), output_names=[output], dynamo=True,
+            dynamic_shapes=shapes, external_data=False, verbose=False,
+        )  # fmt: skip
 
 
 def read(path: pathlib.Path, kind: str, threads: int = 0) -> Callable[..., torch.Tensor]:
