@@ -24,6 +24,10 @@ from fastcifar.training.progress import Lines
 
 METHODS = ("channels", "unstructured", "int8")
 _CALIBRATION = 1000
+# What fine-tuning does not take over from the run.
+_UNTUNED = (
+    "epochs", "model_ema_decay", "resume", "init_weights", "backbone", "phases", "teacher", "kd_cache", "eval_only",
+)  # fmt: skip
 
 
 def _parser() -> command_line.Parser:
@@ -59,10 +63,11 @@ def _check(parsed: argparse.Namespace) -> None:
 
 def _recipe(parsed: argparse.Namespace, recipe: Recipe, options: dict[str, Any], output: pathlib.Path) -> Recipe:
     """That of fine-tuning, by which the new network is found again."""
+    changed = {name: getattr(Recipe(), name) for name in _UNTUNED}
     return dataclasses.replace(
-        recipe, model_options={**recipe.model_options, **options}, steps=parsed.fine_tune or 1, epochs=None,
-        lr=recipe.lr / 4 if parsed.lr is None else parsed.lr, sched="linear", warmup_steps=0, model_ema_decay=0.0,
-        eval_every=0, resume=None, init_weights=None, output=str(output), device="cpu",
+        recipe, **changed, model_options={**recipe.model_options, **options}, steps=parsed.fine_tune or 1,
+        lr=recipe.lr / 4 if parsed.lr is None else parsed.lr, sched="linear", warmup_steps=0, eval_every=0,
+        output=str(output), device="cpu",
     )  # fmt: skip
 
 

@@ -17,11 +17,11 @@ from fastcifar import command_line, data, metrics, models, validation
 from fastcifar.training import (
     cas,
     checkpoint,
-    classify,
     confusion,
     environment,
     evaluation,
     judging,
+    networks,
     recipe,
     robustness,
     sampling,
@@ -100,8 +100,8 @@ def _classifier(
     device: torch.device,
     output: pathlib.Path,
 ) -> dict[str, Any]:
-    model = classify.build_model(chosen, dataset)
-    classify.load_weights(model, saved)
+    model = networks.build_model(chosen, dataset)
+    networks.load_weights(model, saved)
     model = model.to(device=device, memory_format=torch.channels_last)
     amp_dtype = environment.DTYPES[environment.choose_amp_dtype(parsed.amp_dtype, device)]
     settings = {"device": device, "amp_dtype": amp_dtype}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastcifar import command_line, data, models, train, validation
+from fastcifar import command_line, data, models, recipe_flags, validation
 from fastcifar.training import environment, loop, recipe, run_folder, search
 from fastcifar.training.options import Recipe
 
@@ -20,7 +20,7 @@ _SHARE = 10
 
 
 def _parser() -> command_line.Parser:
-    parser = train.recipe_parser(
+    parser = recipe_flags.parser(
         "python -m fastcifar.tune",
         "Searches options of a recipe. Trials are judged on --holdout training images (default: a tenth), never on the "
         "test images. All other options are those of fastcifar.train. The last line printed is one JSON object.",
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str]) -> int:
     parsed = _parser().parse_args(arguments)
     validation.require("tune", "optuna")
     config = recipe.read_config(parsed.config) if parsed.config else {}
-    base = recipe.resolve(train.flags_of(parsed), config, has_gpu=torch.cuda.is_available())
+    base = recipe.resolve(recipe_flags.given(parsed), config, has_gpu=torch.cuda.is_available())
     space = _check(parsed, base)
     device = environment.choose_device(base.device)
     environment.prepare_process(device, deterministic=base.deterministic)
@@ -97,9 +97,8 @@ def main(arguments: Sequence[str]) -> int:
     for notice in dataset.notices:
         print(notice)
     storage = pathlib.Path(parsed.storage)
-    name = parsed.study or f"{base.model}-{dataset.name}-{base.preset}-{budget.steps}-{parsed.sampler}".replace(
-        "/", "-"
-    )
+    described = f"{base.model}-{dataset.name}-{base.preset}-{budget.steps}-{parsed.sampler}"
+    name = parsed.study or "".join(c if c.isalnum() else "-" for c in described)
     study = search.open_study(name, storage, parsed.sampler, parsed.pruner, budget, space, parsed.search_seed)
     tuning = search.Search(study, base, space, dataset, device, grid=parsed.sampler == "grid")
     grid = math.prod(len(part.choices) for part in space) if parsed.sampler == "grid" else None

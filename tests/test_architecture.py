@@ -17,7 +17,18 @@ MAX_KERNEL = 80
 
 # Each layer may import those below it; the ground is open to all.
 LAYERS = [
-    {"train", "evaluate", "generate", "export", "explain", "tune", "compress", "doctor", "command_line"},
+    {
+        "train",
+        "evaluate",
+        "generate",
+        "export",
+        "explain",
+        "tune",
+        "compress",
+        "doctor",
+        "recipe_flags",
+        "command_line",
+    },
     {"deploy"},
     {"training"},
     {"models", "data", "metrics"},

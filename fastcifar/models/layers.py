@@ -78,3 +78,15 @@ def check_inner(model: str, inner_widths: Sequence[int] | None, blocks: int) -> 
     if len(values) != blocks or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
         raise ValueError(f"{model}: inner_widths must be {blocks} ints ≥ 1, one a block, got {values}")
     return values
+
+
+def backbone(model: nn.Module) -> dict[str, nn.Module]:
+    """All parts of a classifier but its head, by name: what a transfer takes over and may freeze.
+
+    Raises:
+        ValueError: no part is called "head" or "fc".
+    """
+    parts = dict(model.named_children())
+    if not {"head", "fc"} & parts.keys():
+        raise ValueError(f"{type(model).__name__} has no part called head or fc, so no backbone before it")
+    return {name: part for name, part in parts.items() if name not in ("head", "fc")}

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from fastcifar import data, models
-from fastcifar.training import checkpoint, classify, recipe
+from fastcifar.training import checkpoint, networks, recipe
 from fastcifar.training.options import Recipe
 
 
@@ -46,6 +46,6 @@ def load_classifier(
     images = data.load_dataset(dataset or chosen.dataset, data_dir or chosen.data_dir)
     for notice in images.notices:
         notify(notice)
-    model = classify.build_model(chosen, images)
-    classify.load_weights(model, saved)
+    model = networks.build_model(chosen, images)
+    networks.load_weights(model, saved)
     return Trained(model.eval(), chosen, images, saved)
