@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy
-import torch
 from torch import nn
 
 from fastcifar import command_line, data, models, validation
@@ -41,6 +40,7 @@ def _parser() -> command_line.Parser:
     parser.add_argument("--amount", type=command_line.number, default=0.5, help="share that is pruned; default: 0.5")
     parser.add_argument("--fine-tune", type=command_line.whole_number, default=0, metavar="STEPS", help="after pruning")
     parser.add_argument("--lr", type=command_line.number, help="of fine-tuning; default: a quarter of the run's")
+    parser.add_argument("--device", default="auto", help="of fine-tuning: auto, cpu, cuda or cuda:N")
     parser.add_argument("--threads", type=command_line.whole_number, default=1, help="of the timings; default: 1")
     parser.add_argument("--dataset", help="default: the one that the checkpoint was trained on")
     parser.add_argument("--data-dir", metavar="DIR", help="folder of the CIFAR archives or folders")
@@ -67,7 +67,7 @@ def _recipe(parsed: argparse.Namespace, recipe: Recipe, options: dict[str, Any],
     return dataclasses.replace(
         recipe, **changed, model_options={**recipe.model_options, **options}, steps=parsed.fine_tune or 1,
         lr=recipe.lr / 4 if parsed.lr is None else parsed.lr, sched="linear", warmup_steps=0, eval_every=0,
-        output=str(output), device="cpu",
+        output=str(output), device=parsed.device,
     )  # fmt: skip
 
 
@@ -85,7 +85,8 @@ def _prune(
         pruning.zero_weights(sparse, parsed.amount)
         state = sparse.state_dict()
     recipe = _recipe(parsed, source.recipe, options, output)
-    task = classify.Classification(recipe, source.dataset, torch.device("cpu"), distributed.Processes())
+    device = environment.choose_device(parsed.device)
+    task = classify.Classification(recipe, source.dataset, device, distributed.Processes())
     task.model.load_state_dict(state)
     name = f"{parsed.method} {100 * parsed.amount:g} %"
     networks = {name: _write(task.model, source.dataset, output / "pruned.onnx")}
@@ -96,7 +97,7 @@ def _prune(
     tensors = {f"model.{key}": tensor for key, tensor in task.model.state_dict().items()}
     config = {"config": dataclasses.asdict(recipe), "seconds": 0.0, "since": [0, 0.0]}
     checkpoint.save(output / "checkpoints", source.saved.step + parsed.fine_tune, tensors, config)
-    return networks, task.model
+    return networks, task.model.cpu()
 
 
 def _fine_tune(task: classify.Classification) -> None:
@@ -113,7 +114,7 @@ def _fine_tune(task: classify.Classification) -> None:
 def _write(model: nn.Module, dataset: data.ImageDataset, path: pathlib.Path) -> pathlib.Path:
     """The network as a checked ONNX file."""
     images = measuring.pixels(dataset.test_images[:100])
-    network = programs.Pixels(model, dataset)
+    network = programs.Pixels(copy.deepcopy(model).cpu(), dataset)
     programs.write(path, "onnx", network, {"images": images[:2].clone()}, "logits")
     programs.compare(programs.read(path, "onnx", 1), network, [images], classes=True)
     return path
@@ -127,7 +128,7 @@ def main(arguments: Sequence[str]) -> int:
     """
     parsed = _parser().parse_args(arguments)
     _check(parsed)
-    environment.prepare_process(torch.device("cpu"), deterministic=False)
+    environment.prepare_process(environment.choose_device(parsed.device), deterministic=False)
     source = trained.load_classifier(parsed.checkpoint, parsed.dataset, parsed.data_dir)
     output = pathlib.Path(parsed.output or checkpoint.run_folder(source.saved.path) / parsed.method)
     if checkpoint.list_checkpoints(output / "checkpoints"):
