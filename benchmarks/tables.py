@@ -193,7 +193,19 @@ def promises_table() -> str:
     return f"{markdown(promises.rows())}{source('promises')}{source('kills')}"
 
 
+def compress_table() -> str:
+    """Pruned and quantised networks."""
+    return markdown(stored("compress-cpu")["rows"]) + source("compress-cpu")
+
+
+def robustness_table() -> str:
+    """Accuracy under attack."""
+    return markdown(stored("robustness")["rows"]) + source("robustness")
+
+
 TABLES = {
+    "compress": compress_table,
+    "robustness": robustness_table,
     "promises": promises_table,
     "transfer": lambda: trials_table("transfer-cpu"),
     "distil": lambda: trials_table("distil-cpu"),

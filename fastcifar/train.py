@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import pathlib
@@ -16,7 +15,7 @@ _STARTED = time.perf_counter()
 
 import torch  # noqa: E402
 
-from fastcifar import command_line, data, models, profiling  # noqa: E402
+from fastcifar import command_line, data, models, profiling, recipe_flags  # noqa: E402
 from fastcifar.training import (  # noqa: E402
     checkpoint,
     distributed,
@@ -32,7 +31,7 @@ from fastcifar.training.adversarial import Adversarial  # noqa: E402
 from fastcifar.training.classify import Classification  # noqa: E402
 from fastcifar.training.curves import draw_curves  # noqa: E402
 from fastcifar.training.networks import load_weights  # noqa: E402
-from fastcifar.training.options import Recipe, flag, options  # noqa: E402
+from fastcifar.training.options import Recipe  # noqa: E402
 from fastcifar.training.progress import Lines, format_duration, reporter  # noqa: E402
 
 _RUNS = pathlib.Path("runs")
@@ -40,65 +39,16 @@ _NOT_FINITE, _SAVE_FAILED, _OUT_OF_MEMORY = 3, 4, 5
 
 
 def _parser() -> command_line.Parser:
-    parser = command_line.Parser(
-        prog="python -m fastcifar.train",
-        description="Trains a network. The last line printed is the result, one JSON object.",
+    parser = recipe_flags.parser(
+        "python -m fastcifar.train", "Trains a network. The last line printed is the result, one JSON object."
     )
-    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of options; flags win over it")
     parser.add_argument("-n", "--dry-run", action="store_true", help="show configuration, size and time, train nothing")
-    kinds = {int: command_line.whole_number, float: command_line.number, str: str}
-    groups: dict[str, Any] = {}
-    for option in options():
-        group = option.metadata["group"]
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        names = ["-b", flag(option.name)] if option.name == "batch_size" else [flag(option.name)]
-        settings: dict[str, Any] = {"dest": option.name, "default": None, "help": option.metadata["help"]}
-        if option.metadata["kind"] is bool:
-            settings["action"] = "store_true" if option.default is False else argparse.BooleanOptionalAction
-        else:
-            settings |= {"type": kinds[option.metadata["kind"]], "metavar": option.name.upper().split("_")[-1]}
-            if "choices" in option.metadata:
-                settings["help"] += f": {', '.join(option.metadata['choices'])}"
-        groups[group].add_argument(*names, **settings)
-    groups["what"].add_argument(
-        "--model-option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an option of the network, such as activation=silu or strides=1,1,2,2; may be repeated",
-    )
     return parser
-
-
-def _value(text: str) -> Any:
-    """A model option's value as typed: a number, true or false, a list with commas, or a text."""
-    if "," in text:
-        return [_value(part) for part in text.split(",") if part]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return {"true": True, "false": False}.get(text.lower(), text)
-
-
-def _flags(arguments: Any) -> dict[str, Any]:
-    given = {o.name: getattr(arguments, o.name) for o in options() if getattr(arguments, o.name) is not None}
-    model_options = {}
-    for text in arguments.model_option:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise command_line.UsageError(f"--model-option must be NAME=VALUE, got {text!r}")
-        model_options[name] = _value(value)
-    if model_options:
-        given["model_options"] = model_options
-    return given
 
 
 def _resolve(arguments: Any, has_gpu: bool) -> tuple[Recipe, checkpoint.Checkpoint | None]:
     """The recipe, and the checkpoint to go on from; a resumed run brings its own options along."""
-    flags = _flags(arguments)
+    flags = recipe_flags.given(arguments)
     config = recipe.read_config(arguments.config) if arguments.config else {}
     resume = flags.get("resume", config.get("resume"))
     if not isinstance(resume, str):
@@ -297,6 +247,7 @@ def main(arguments: Sequence[str]) -> int:
     put_first_weights = _first_weights(chosen, saved)
     settings = environment.prepare_process(device, deterministic=chosen.deterministic)
     dataset = data.load_dataset(chosen.dataset, chosen.data_dir, download=not parsed.dry_run, seed=0)
+    dataset = data.hold_out(dataset, chosen.holdout)
     chosen = recipe.with_budget(chosen, len(dataset.train_images))
     folder = None
     distributed.join(processes, device)

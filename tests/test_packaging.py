@@ -31,7 +31,7 @@ NAME = "_native" + sysconfig.get_config_var("EXT_SUFFIX")
 def source(tmp_path_factory):
     """A copy of what a user would build from, without build folders."""
     target = tmp_path_factory.mktemp("source") / "fastcifar-source"
-    skipped = shutil.ignore_patterns("build", ".git", "__pycache__", "runs", "data", ".*_cache", "*.so")
+    skipped = shutil.ignore_patterns("build", ".git", "__pycache__", ".*_cache", "*.so")
     for name in ("fastcifar", "kernels"):
         shutil.copytree(ROOT / name, target / name, ignore=skipped)
     for name in ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):

@@ -12,7 +12,7 @@ import torch
 from distributed_case import run_ranks
 from training_case import write_tiny
 
-from fastcifar import data, train
+from fastcifar import data, recipe_flags, train
 from fastcifar.training import adversarial, classify, distributed, recipe, sampling
 
 CPU = torch.device("cpu")
@@ -186,7 +186,7 @@ def test_local_statistics_are_averaged_after_the_step(name, results):
 
 def test_options_of_several_processes_are_flags():
     parsed = train._parser().parse_args(["--no-sync-bn", "--data-placement", "sharded"])
-    chosen = recipe.resolve(train._flags(parsed), has_gpu=False)
+    chosen = recipe.resolve(recipe_flags.given(parsed), has_gpu=False)
     assert not chosen.sync_bn and chosen.data_placement == "sharded"
     assert recipe.resolve({}, has_gpu=False).sync_bn
     # Where the images lie changes nothing of the result, local statistics do.

@@ -70,6 +70,16 @@ def check_stages(model: str, widths: Sequence[int], strides: Sequence[int]) -> N
         raise ValueError(f"{model}: {len(widths)} widths {tuple(widths)} need as many strides, got {tuple(strides)}")
 
 
+def check_inner(model: str, inner_widths: Sequence[int] | None, blocks: int) -> Sequence[int | None]:
+    """One positive int for each block, or None for each."""
+    if inner_widths is None:
+        return [None] * blocks
+    values = tuple(inner_widths) if isinstance(inner_widths, (tuple, list)) else (inner_widths,)
+    if len(values) != blocks or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
+        raise ValueError(f"{model}: inner_widths must be {blocks} ints ≥ 1, one a block, got {values}")
+    return values
+
+
 def backbone(model: nn.Module) -> dict[str, nn.Module]:
     """All parts of a classifier but its head, by name: what a transfer takes over and may freeze.
 

@@ -20,6 +20,7 @@ from fastcifar.training.ema import WeightAverage
 from fastcifar.training.networks import build_model
 from fastcifar.training.optimisers import GuardedStep, begin_momentum, build_optimiser
 from fastcifar.training.options import Recipe
+from fastcifar.training.robustness import AdversarialTraining
 from fastcifar.training.state import by_part, load_optimiser, optimiser_tensors
 
 
@@ -62,6 +63,9 @@ class Classification:
         self._forward = self._wrapped()
         self.loader = self._build_loader()
         self.teacher, self.answers = self._build_teacher()
+        self.attack = None
+        if recipe.adversarial != "off":
+            self.attack = AdversarialTraining(recipe, dataset, device, self.amp_dtype)
         # On a GPU always static: a captured step then equals the same step as it is.
         self.feed = Feed(device, static=device.type == "cuda")
         self.graph, self.graph_notice = build_graph(self.compute, device, recipe, self.amp_dtype, processes.world_size)
@@ -161,7 +165,10 @@ class Classification:
             self.feed.number("share", self.ema.share(step))
         if self._has_dropout:
             torch.manual_seed((self.recipe.seed * 1_000_003 + step) * 4_096 + self.processes.rank)
-        self.seen += self.recipe.batch_size // self.processes.world_size
+        share = self.recipe.batch_size // self.processes.world_size
+        if self.attack is not None:
+            self.feed.put("start", self.attack.start(step, share, self.processes.rank))
+        self.seen += share
 
     def compute(self) -> None:
         """The step's work on the device."""
@@ -170,14 +177,21 @@ class Classification:
             batch = self.loader.render(feed.take("plan", data.Plan))
         labels = batch.labels
         amp = self.amp_dtype != torch.float32
+        images, changed = batch.images, None
+        if self.attack is not None:
+            with annotate("attack"):
+                images, changed = self.attack.images(self.model, images, labels, feed["start"])
         with annotate("forward"), torch.autocast(self.device.type, self.amp_dtype, enabled=amp, cache_enabled=True):
-            logits = self._forward(batch.images)
+            logits = self._forward(images)
+            changed = None if changed is None else self._forward(changed)
         with annotate("loss"):
             loss = self._loss(logits.float(), batch)
             if self.teacher is not None:
                 wanted = self.teacher.logits(batch.images) if self.answers is None else feed["answers"].float()
                 learned = distillation_loss(logits.float(), wanted, self.recipe.kd_temperature)
                 loss = torch.lerp(loss, learned, self.recipe.kd_weight)
+            if changed is not None:
+                loss = loss + self.attack.penalty(logits, changed)
         self.update(loss, feed["step"], feed["rate"])
         self.processes.average(self._unshared)
         if self.ema is not None:

@@ -25,6 +25,7 @@ def _count(default: int | None, help: str, group: str, low: int = 0) -> Any:
 
 _WHAT, _BUDGET, _OPTIMISER, _DATA, _GAN = "what", "budget", "optimiser", "augmentation", "generation"
 _LOSSES = ("auto", "hinge", "aw_hinge", "bce", "nonsaturating")
+_ROBUST = "adversarial training"
 _PRESETS = ("auto", "seed", "fast", "best", "demo", "xception-transfer", "resnet_cifar10", "cifar10-speed")
 _DISTILLATION = "distillation"
 _SPEED, _LIFE, _LOGS = "speed and repeatability", "life cycle", "logs"
@@ -42,6 +43,7 @@ class Recipe:
     model_options: dict = field(default_factory=dict)
     dataset: str = _option("auto", "auto, cifar100, cifar10, synthetic, folder:PATH or npz:PATH", _WHAT)
     data_dir: str | None = _option(None, "folder of the CIFAR archives or folders", _WHAT)
+    holdout: int = _count(0, "training images to hold out and test on, in place of the test images", _WHAT)
     preset: str = _option("auto", "recipe to start from", _WHAT, choices=_PRESETS)
 
     steps: int | None = _count(None, "optimiser steps", _BUDGET, 1)
@@ -74,6 +76,12 @@ class Recipe:
     cutout: int = _count(0, "side of the square that is cut out, in pixels", _DATA)
     mixup: float = _number(0.0, "alpha of mixup; 0 for none", _DATA, 0.0)
     cutmix: float = _number(0.0, "alpha of cutmix; 0 for none", _DATA, 0.0)
+
+    adversarial: str = _option("off", "train on adversarial images", _ROBUST, choices=("off", "pgd", "trades"))
+    adversarial_eps: float = _number(8 / 255, "largest change of a pixel in [0, 1]", _ROBUST, 0.0, 1.0)
+    adversarial_step_size: float = _number(2 / 255, "change of a pixel in a step of the attack", _ROBUST, 0.0, 1.0)
+    adversarial_steps: int = _count(10, "steps of the attack", _ROBUST, 1)
+    trades_beta: float = _number(6.0, "weight of the divergence that trades adds", _ROBUST, 0.0)
 
     teacher: str | None = _option(None, "run of a classifier whose answers are learned too", _DISTILLATION)
     kd_temperature: float = _number(4.0, "both answers are softened by", _DISTILLATION, 1e-9)

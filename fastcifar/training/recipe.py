@@ -137,6 +137,8 @@ def _check_together(recipe: Recipe) -> None:
         raise ValueError("--eval-only needs weights: give --resume or --init-weights")
     if recipe.mixup and recipe.cutmix:
         raise ValueError(f"--mixup {recipe.mixup:g} and --cutmix {recipe.cutmix:g} exclude each other; set one to 0")
+    if recipe.adversarial != "off" and (recipe.mixup or recipe.cutmix or recipe.model in models.list_models(gan=True)):
+        raise ValueError(f"--adversarial {recipe.adversarial} is for classifiers, without --mixup and --cutmix")
     if recipe.init_weights and recipe.backbone:
         raise ValueError("--init-weights gives all weights and --backbone all but the head's; give one of them")
     if recipe.preset == "best" and not recipe.teacher:
