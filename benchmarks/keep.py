@@ -19,6 +19,9 @@ def main(run: str, name: str) -> None:
     content = {key: json.loads((folder / f"{key}.json").read_text()) for key in ("result", "env")}
     finished = datetime.datetime.fromtimestamp((folder / "result.json").stat().st_mtime)
     content["date"] = finished.strftime("%Y-%m-%d")
+    # Where things lay on this machine tells nobody anything.
+    command = content["env"].get("command", [])
+    content["env"]["command"] = [pathlib.Path(word).name if word.startswith("/") else word for word in command]
     path = reporting.RESULTS / f"{name}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     print(path)
