@@ -17,8 +17,6 @@ namespace {
 
 using Words = std::array<std::uint32_t, 4>;
 
-constexpr Index kLine = 64, kMostPrefetched = 1 << 14;  // bytes
-
 // The purposes that a position's words serve, one block of four words each.
 enum Purpose : std::uint32_t { kGeometry, kColour, kCutout, kMix, kBox };
 
@@ -96,12 +94,10 @@ class Batch {
 
   void render(Index number, Workspace& work) const {
     const Index position = positions_.first + number, pixels = set_.height * set_.width;
-    prefetch(position + 1);
     Task task{pixels, gather(position, work.own, work), {}, options_.color_jitter != 0.0,
               options_.cutout > 0, options_.mixing, 0.0f, options_.scale, options_.shift, nullptr};
     if (options_.mixing != Mixing::none) {
       const Index other = (position + shift_) % positions_.size;
-      prefetch(other + 1);
       task.partner = gather(other, work.partner, work);
       results_.partners[number] = positions_.indices[other];
       results_.weights[number] = task.share = mix(position, work.own);
@@ -112,14 +108,6 @@ class Batch {
   }
 
  private:
-  // Images lie anywhere in the set, so the next one is fetched while this one is rendered.
-  void prefetch(Index position) const {
-    if (position >= positions_.size) return;
-    const Index bytes = set_.height * set_.width * 3;
-    const std::uint8_t* image = set_.images + positions_.indices[position] * bytes;
-    for (Index at = 0; at < std::min(bytes, kMostPrefetched); at += kLine) __builtin_prefetch(image + at, 0, 2);
-  }
-
   // The source of row or column i of the output; −1 outside of the image.
   Index source(Index i, Index shift, Index size) const {
     Index at = i + shift - options_.crop_pad;
