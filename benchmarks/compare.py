@@ -61,23 +61,32 @@ def native_hash(tree: pathlib.Path) -> str:
     return found.hexdigest()
 
 
-def install(tree: pathlib.Path, site: pathlib.Path, compiled_from: pathlib.Path | None) -> None:
-    """Installs a tree into a folder of its own, with the compiled module of another such folder where that fits.
+def cache_folder() -> pathlib.Path:
+    """Where compiled modules are kept by what they are made from: compiling takes minutes."""
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "fastcifar" / "compare"
+
+
+def install(tree: pathlib.Path, site: pathlib.Path) -> None:
+    """Installs a tree into a folder of its own, with the compiled module of an earlier comparison where that fits.
 
     Raises:
         ValueError: pip failed; the message holds its last lines.
     """
     environment = dict(os.environ)
     environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), environment.get("PATH", "")])
-    if compiled_from is not None:
+    kept = cache_folder() / f"{sys.implementation.cache_tag}-{native_hash(tree)}"
+    known = any(kept.glob("_native*"))
+    if known:
         environment["FASTCIFAR_PURE_PYTHON"] = "1"
+    print(f"installing {tree.name}{'' if known else ': compiling takes minutes'}", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     done = subprocess.run([*command, "--target", str(site), str(tree)], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"installing {tree} failed:\n" + "\n".join(done.stderr.strip().splitlines()[-8:]))
-    if compiled_from is not None:
-        for module in (compiled_from / "fastcifar" / "kernels").glob("_native*"):
-            shutil.copy2(module, site / "fastcifar" / "kernels")
+    kernels = site / "fastcifar" / "kernels"
+    for module in (kept if known else kernels).glob("_native*"):
+        (kernels if known else kept).mkdir(parents=True, exist_ok=True)
+        shutil.copy2(module, kernels if known else kept)
 
 
 def measure(match: str) -> dict[str, float]:
@@ -123,6 +132,8 @@ def _run(site: pathlib.Path, benchmarks: pathlib.Path, match: str) -> dict[str, 
     answer = json.loads(last)
     if not answer["package"].startswith(str(site)):
         raise ValueError(f"{answer['package']} was measured instead of {site}")
+    if not answer["seconds"]:
+        raise ValueError(f"--match {match!r}: no case has such a name")
     return answer["seconds"]
 
 
@@ -138,18 +149,14 @@ def compare(base: str, *, pairs: int, match: str) -> list[dict[str, float | str]
             shutil.copytree(
                 ROOT / "benchmarks", folder / "run" / "benchmarks", ignore=shutil.ignore_patterns("results")
             )
-            same = native_hash(before) == native_hash(after)
             sites = folder / "site-base", folder / "site-work"
-            print(f"installing {base}{'' if same else ', then the working tree'} (minutes)", file=sys.stderr)
-            install(before, sites[0], None)
-            install(after, sites[1], sites[0] if same else None)
+            install(before, sites[0])
+            install(after, sites[1])
         rounds: list[list[dict[str, float]]] = [[], []]
         for pair in range(pairs):
             for which in (0, 1) if pair % 2 == 0 else (1, 0):
                 rounds[which].append(_run(sites[which], folder / "run", match))
             print(f"pair {pair + 1} of {pairs}", file=sys.stderr)
-    if not rounds[0][0]:
-        raise ValueError(f"--match {match!r}: no case has such a name")
     rows = []
     for case in rounds[0][0]:
         a, b = ([times[case] for times in side] for side in rounds)

@@ -31,7 +31,7 @@ def filled(document: str) -> str:
     return PLACE.sub(lambda place: place[1] + TABLES[place[2]]() + place[3], document)
 
 
-def draw(folder: pathlib.Path = IMAGES) -> list[pathlib.Path]:
+def draw(folder: pathlib.Path) -> list[pathlib.Path]:
     """Draws the pictures of every device that was measured; their paths."""
     from benchmarks import pictures
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{path.relative_to(ROOT)}: {'differs from the stored results' if check else 'written'}")
         if not check:
             path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
-    for path in [] if check else draw():
+    for path in [] if check else draw(IMAGES):
         print(f"{path.relative_to(ROOT)}: drawn")
     return 1 if check and stale else 0
 

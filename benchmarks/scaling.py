@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import reporting
-from benchmarks.scaling_model import exchange_seconds, fit_ring
+from benchmarks.scaling_model import Ring, exchange_seconds, fit_ring
 from benchmarks.scaling_worker import TASKS, serve
 
 WORLDS = (1, 2, 4)
@@ -96,18 +96,24 @@ def time_all(groups: dict[int, Group], rounds: int, steps: int) -> tuple[list[di
     return found, timed
 
 
+def fit_all(collectives: Sequence[dict[str, Any]]) -> dict[int, Ring]:
+    """A network for each number of processes: more of them than cores wait for a core at every hop."""
+    fitted = {n: fit_ring(r for r in collectives if r["processes"] == n) for n in {r["processes"] for r in collectives}}
+    return {1: Ring(0.0, 0.0, 0.0), **fitted}
+
+
 def check(
     steps: Sequence[dict[str, Any]], collectives: Sequence[dict[str, Any]], volumes: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The model beside each measured step: the same processes' arithmetic without exchange, and their collectives."""
-    network = fit_ring(collectives)
+    networks = fit_all(collectives)
     alone = {(r["task"], r["processes"], r["images"]): r["seconds"] for r in steps if not r["together"]}
     rows = []
     for row in steps:
         case = row["task"], row["processes"], row["images"]
         if row["together"] or row["processes"] == 1:
             exchanged = [r for r in volumes if r["task"] == row["task"]]
-            exchange = exchange_seconds(exchanged, network, row["processes"])
+            exchange = exchange_seconds(exchanged, networks[row["processes"]], row["processes"])
             predicted = alone[case] + exchange
             rows.append(
                 {
@@ -139,16 +145,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     finally:
         for group in groups.values():
             group.close()
-    network = fit_ring(collectives)
+    networks = fit_all(collectives)
     for row in collectives:
-        row["model"] = network.seconds(row["kind"], row["bytes"], row["processes"])
+        row["model"] = networks[row["processes"]].seconds(row["kind"], row["bytes"], row["processes"])
+    gloo = [{"processes": count, **dataclasses.asdict(networks[count])} for count in WORLDS[1:]]
     checked = check(steps, collectives, volumes)
-    print(reporting.table(volumes), reporting.table(collectives), reporting.table(checked), sep="\n\n")
-    print(f"\nbase {1e6 * network.base:.1f} µs, {1e6 * network.alpha:.1f} µs a hop, {1e-9 / network.beta:.2f} GB/s")
+    print(*map(reporting.table, (volumes, collectives, gloo, checked)), sep="\n\n")
     content = {
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg()[0],
-        "gloo": dataclasses.asdict(network),
+        "gloo": gloo,
         "volume": volumes,
         "collectives": collectives,
         "steps": steps,

@@ -29,16 +29,21 @@ def scaling_volume_table() -> str:
 def scaling_check_table() -> str:
     """The model beside measured steps."""
     found = stored("scaling-cpu")
-    gloo, timed = found["gloo"], [{**row, "µs": 1e6 * row["seconds"]} for row in found["collectives"]]
-    rate = 1e-9 / gloo["beta"] if gloo["beta"] else float("inf")
-    text = (
-        f"Fitted to collectives timed alone: {1e6 * gloo['base']:.0f} µs a call, {1e6 * gloo['alpha']:.0f} µs a hop, "
-        f"{rate:.2f} GB/s. One thread for each process, {found['cores']} cores; load of the machine at the end "
-        f"{found['load_average']:.1f}."
+    fits = "; ".join(
+        f"{row['processes']} processes: {1e6 * row['base']:.0f} µs a call, {1e6 * row['alpha']:.0f} µs a hop, "
+        f"{1e9 * row['beta']:.2f} ns a byte"
+        for row in found["gloo"]
     )
     names = ("kind", "processes", "bytes")
-    kept = [{**{n: r[n] for n in names}, "measured, µs": r["µs"], "model, µs": 1e6 * r["model"]} for r in timed]
-    return f"{markdown(kept)}\n{text}\n\n{markdown(found['check'])}{source('scaling-cpu')}"
+    timed = [
+        {**{name: row[name] for name in names}, "measured, µs": 1e6 * row["seconds"], "model, µs": 1e6 * row["model"]}
+        for row in found["collectives"]
+    ]
+    text = (
+        f"Fitted to these: {fits}. One thread for each process, {found['cores']} cores; load of the machine at the end "
+        f"{found['load_average']:.1f}."
+    )
+    return f"{markdown(timed)}\n{text}\n\n{markdown(found['check'])}{source('scaling-cpu')}"
 
 
 def _projected(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import reporting, static, traffic
+from benchmarks import promises, reporting, static, traffic
 
 
 def stored(name: str) -> dict[str, Any]:
@@ -151,7 +151,65 @@ def passes_table() -> str:
     return f"{chr(10).join(parts)}\n{text}\n{source('passes-cpu')}"
 
 
+def trials_table(name: str) -> str:
+    """Alternatives of one training."""
+    found = stored(name)
+    rows = [
+        {
+            "training": row["what"],
+            "test accuracy": f"{row['test accuracy, %']:.1f} ± {row['standard deviation']:.1f} %",
+            "train accuracy": f"{row['train accuracy, %']:.1f} %",
+        }
+        for row in found["rows"]
+    ]
+    before = found.get("pretrained") or found["teacher"]
+    what = "teacher" if "teacher" in found else "backbone"
+    text = f"{found['steps']} steps × 128, {found['seeds']} seeds, real CIFAR-100; {what}: {before['model']}"
+    return f"{markdown(rows)}\n{text} after {before['steps']:,} steps.\n{source(name)}"
+
+
+def first_steps_table() -> str:
+    """Presets cut to a few steps."""
+    rows = []
+    for path in sorted(reporting.RESULTS.glob("first-steps-*.json")):
+        row = json.loads(path.read_text(encoding="utf-8"))["rows"][0]
+        tested = row.get("test accuracy, %")
+        rows.append(
+            {
+                "preset": f"`{row['model']}`, `{row['preset']}`",
+                "cut to": f"{row['steps']} × {row['batch']}",
+                "loss, first and last quarter": f"{row['loss, first quarter']:.2f} → {row['loss, last quarter']:.2f}",
+                "test accuracy": f"{tested:.1f} % of {row['test images']:,}" if tested is not None else "–",
+                "peak memory": f"{row['peak MiB']:,} MiB",
+                "a step": f"{row['seconds a step']:.2f} s",
+                "whole preset": f"{row['whole preset, steps']:,} steps",
+            }
+        )
+    return f"{markdown(rows)}\n`benchmarks/results/first-steps-MODEL-PRESET.json`, each with its command.\n"
+
+
+def promises_table() -> str:
+    """Each promise, what tries to break it, and what came of it."""
+    return f"{markdown(promises.rows())}{source('promises')}{source('kills')}"
+
+
+def compress_table() -> str:
+    """Pruned and quantised networks."""
+    return markdown(stored("compress-cpu")["rows"]) + source("compress-cpu")
+
+
+def robustness_table() -> str:
+    """Accuracy under attack."""
+    return markdown(stored("robustness")["rows"]) + source("robustness")
+
+
 TABLES = {
+    "compress": compress_table,
+    "robustness": robustness_table,
+    "promises": promises_table,
+    "transfer": lambda: trials_table("transfer-cpu"),
+    "distil": lambda: trials_table("distil-cpu"),
+    "first-steps": first_steps_table,
     "passes": passes_table,
     "gan": gan_table,
     "runs": runs_table,

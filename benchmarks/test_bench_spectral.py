@@ -16,9 +16,6 @@ from benchmarks.gan_case import Discriminator
 from benchmarks.timing import DEVICE
 from fastcifar.nn import SpectralNormGroup
 
-# At least as many times faster than torch's parametrisations, and than batched matrix products by shape.
-OVER_TORCH, OVER_BATCHED = (10.0, 1.5) if DEVICE.type == "cuda" else (4.0, 1.0)
-
 
 class Loss(torch.autograd.Function):
     """A number whose gradients with respect to the weights are given: what the rest of a network costs the least."""
@@ -100,8 +97,3 @@ def test_spectral_norm_of_the_discriminator(keep, smoke, effort, request, passes
         **(effort if smoke else effort | {"rounds": 100, "warmup": 10}),
     )  # fmt: skip
     keep("spectral", rows, rounds)
-    if not smoke:
-        ms = {row["what"]: row["ms"] for row in rows if row.get("phase") == "both"}
-        assert ms["batched products"] / ms["group"] >= OVER_BATCHED
-        # The goal is that of a GAN's step; a single pass is reported.
-        assert passes == 1 or ms["torch"] / ms["group"] >= OVER_TORCH

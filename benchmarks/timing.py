@@ -153,11 +153,30 @@ def peak_mib(call: Call) -> float:
         run(call)
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         run(call)
-    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    sizes = [event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(sizes), default=0) / 2**20
+    return _most_held(profile.profiler.kineto_results.experimental_event_tree()) / 2**20
+
+
+def _most_held(events: Sequence[Any]) -> int:
+    """Bytes of the largest sum of allocations that were not yet freed; what was allocated before does not count."""
+    changes, pending = [], list(events)
+    while pending:
+        event = pending.pop()
+        pending += event.children
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            changes.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    held: dict[int, int] = {}
+    now = most = 0
+    for _, address, size in sorted(changes):
+        if size > 0:
+            held[address] = size
+            now += size
+        else:
+            now -= held.pop(address, 0)
+        most = max(most, now)
+    return most
 
 
 def measure(

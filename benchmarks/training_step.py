@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,9 @@ from torch import nn
 from benchmarks import agreement, timing
 from benchmarks.timing import DEVICE
 from fastcifar import data
+from fastcifar.training import distributed, recipe
+from fastcifar.training.adversarial import Adversarial
+from fastcifar.training.classify import Classification
 
 
 class PlainBlock(nn.Module):
@@ -119,6 +123,7 @@ def compare(
     *,
     compiled: Mapping[str, dict],
     checked: int,
+    others: Mapping[str, timing.Call] | None = None,
     **effort: Any,
 ) -> tuple[list[dict[str, Any]], list[float]]:
     """Rows of a step of ours, of the original in both layouts, and of it compiled; and the rounds of ours.
@@ -129,6 +134,7 @@ def compare(
         labels: [N].
         compiled: options of torch.compile by the name of the row.
         checked: so many images must give the loss and the gradients of float64.
+        others: further steps for the same number of images, which are timed as they are.
         effort: options of `timing.in_turns`.
 
     Raises:
@@ -145,14 +151,31 @@ def compare(
     results = {name: functools.partial(step.results, checked) for name, step in steps.items()}
     refused = agreement.refused(results, exact, eager="eager", ours="ours", eps=torch.finfo(torch.bfloat16).eps)
     calls = {name: step.step for name, step in steps.items() if name not in refused}
+    calls |= others or {}
     found = timing.in_turns(calls, **effort)
     rows = [{"what": name, "refused": reason} for name, reason in refused.items()]
     for name, phases in found.items():
         seconds = statistics.median(timing.whole(phases))
         row = {"what": name, "ms": 1e3 * seconds, "images/s": len(images) / seconds}
-        row |= {f"{phase}, ms": 1e3 * statistics.median(laps) for phase, laps in phases.items()}
+        row |= {f"{phase}, ms": 1e3 * statistics.median(laps) for phase, laps in phases.items() if phase != "whole"}
         rows.append(row | {"peak, MiB": timing.peak_mib(calls[name])})
     return rows, timing.whole(found["ours"])
+
+
+def engine_step(model: str, batch_size: int) -> timing.Call:
+    """A step of the training engine with its loader, on a GPU captured in a CUDA graph."""
+    options = {"model": model, "preset": "fast", "batch_size": batch_size, "steps": 10_000}
+    made = dataset()
+    chosen = recipe.with_budget(recipe.resolve(options, has_gpu=DEVICE.type == "cuda"), len(made.train_images))
+    return steps_of(Classification(chosen, made, DEVICE, distributed.Processes()))
+
+
+def steps_of(task: Classification | Adversarial) -> timing.Call:
+    """One step of a task after the other; on a GPU it is captured by then."""
+    number = itertools.count()
+    for _ in range(5 if DEVICE.type == "cuda" else 0):
+        task.train_step(next(number))
+    return lambda: task.train_step(next(number))
 
 
 def parts(step: Step, rounds: int = 5) -> dict[str, float]:

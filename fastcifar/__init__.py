@@ -19,7 +19,7 @@ except _metadata.PackageNotFoundError:
 
 _SUBMODULES = ("data", "dispatch", "functional", "fuse", "models", "native", "nn", "reference", "training")
 
-_FUNCTIONS = {"unfuse": "fuse"}
+_FUNCTIONS = {"unfuse": "fuse", "fold_batch_norm": "folding"}
 
 __all__ = ["__version__", *_SUBMODULES, *_FUNCTIONS]
 

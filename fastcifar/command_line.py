@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from fastcifar import validation
-from fastcifar.training import memory
 
 USAGE_ERROR, OUT_OF_MEMORY = 2, 5
 _LONGEST_MESSAGE = 1000
@@ -52,11 +51,29 @@ def whole_number(text: str) -> int:
 
 
 def number(text: str) -> float:
-    """A float from a command line."""
+    """A float from a command line; 8/255 is a number too."""
+    numerator, slash, denominator = text.partition("/")
     try:
-        return float(text)
-    except ValueError:
+        return float(numerator) / float(denominator) if slash else float(text)
+    except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """0-3,7 → [0, 1, 2, 3, 7].
+
+    Raises:
+        ValueError: not such a list.
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f"{option} must be numbers such as 0-7 or 3,14,15, got {text!r}")
+        found += range(int(first), int(last if dash else first) + 1)
+    if not found:
+        raise ValueError(f"{option} {text!r} names no number")
+    return found
 
 
 def run(name: str, main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> NoReturn:
@@ -68,6 +85,8 @@ def run(name: str, main: Callable[[Sequence[str]], int], arguments: Sequence[str
     try:
         status = main(arguments)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        from fastcifar.training import memory
+
         lacks_memory = memory.is_out_of_memory(error)
         if "--debug" in arguments or not (lacks_memory or isinstance(error, (ValueError, OSError))):
             raise

@@ -11,9 +11,21 @@ from typing import Any
 
 import numpy
 import torch
+from torch import nn
 
 from fastcifar import command_line, data, metrics, models, validation
-from fastcifar.training import cas, checkpoint, classify, confusion, environment, evaluation, judging, recipe, sampling
+from fastcifar.training import (
+    cas,
+    checkpoint,
+    confusion,
+    environment,
+    evaluation,
+    judging,
+    networks,
+    recipe,
+    robustness,
+    sampling,
+)
 from fastcifar.training.gan import load_gan
 from fastcifar.training.options import Recipe
 from fastcifar.training.recipe import names
@@ -39,10 +51,18 @@ def _parser() -> command_line.Parser:
     classifier = parser.add_argument_group("of a classifier")
     classifier.add_argument("--amp-dtype", default="auto", help="auto, bf16, fp16 or fp32")
     classifier.add_argument("--tta", action="store_true", help="also with mirrored and shifted copies of each image")
+    classifier.add_argument(
+        "--pgd", action="store_true", help="also under attack: 20 steps of 2/255 within 8/255, from a random start"
+    )
+    classifier.add_argument("--pgd-eps", type=command_line.number, default=8 / 255, help="largest change of a pixel")
+    classifier.add_argument("--pgd-steps", type=command_line.whole_number, default=20, help="of --pgd")
+    classifier.add_argument("--pgd-images", type=command_line.whole_number, help="the first so many; default: all")
     gan = parser.add_argument_group("of a GAN")
     gan.add_argument("--metrics", help=f"{', '.join(METRICS)}, with commas between; default: fid,kid,prdc")
     gan.add_argument("--samples", type=command_line.whole_number, default=10_000, help="default: 10,000")
-    gan.add_argument("--seed", type=command_line.whole_number, default=0, help="of the samples")
+    gan.add_argument(
+        "--seed", type=command_line.whole_number, default=0, help="of the samples, and of the start of --pgd"
+    )
     gan.add_argument("--classifier", metavar="RUN", help="judge in this classifier's features, not in Inception's")
     gan.add_argument("--inception-weights", metavar="FILE", help="default: the cache folder, else a download")
     gan.add_argument("--lpips-weights", metavar="FILE", help="of lpips-nn; default: the cache folder")
@@ -59,8 +79,13 @@ def _check(parsed: argparse.Namespace, chosen: Recipe) -> None:
             raise ValueError(
                 f"--{option.replace('_', '-')} is for GANs, {parsed.checkpoint} holds the classifier {chosen.model}"
             )
-    if gan and parsed.tta:
-        raise ValueError(f"--tta is for classifiers, {parsed.checkpoint} holds the GAN {chosen.model}")
+    for option in ("tta", "pgd"):
+        if gan and getattr(parsed, option):
+            raise ValueError(f"--{option} is for classifiers, {parsed.checkpoint} holds the GAN {chosen.model}")
+    if parsed.pgd_steps < 1 or (parsed.pgd_images is not None and parsed.pgd_images < 1):
+        raise ValueError(f"--pgd-steps and --pgd-images must be ≥ 1, got {parsed.pgd_steps} and {parsed.pgd_images}")
+    if not 0 < parsed.pgd_eps <= 1:
+        raise ValueError(f"--pgd-eps must be in (0, 1], such as 8/255, got {parsed.pgd_eps:g}")
     if parsed.samples < 2:
         raise ValueError(f"--samples must be ≥ 2, got {parsed.samples}")
     if parsed.cas_steps is not None and parsed.cas_steps < 1:
@@ -75,8 +100,8 @@ def _classifier(
     device: torch.device,
     output: pathlib.Path,
 ) -> dict[str, Any]:
-    model = classify.build_model(chosen, dataset)
-    classify.load_weights(model, saved)
+    model = networks.build_model(chosen, dataset)
+    networks.load_weights(model, saved)
     model = model.to(device=device, memory_format=torch.channels_last)
     amp_dtype = environment.DTYPES[environment.choose_amp_dtype(parsed.amp_dtype, device)]
     settings = {"device": device, "amp_dtype": amp_dtype}
@@ -93,12 +118,27 @@ def _classifier(
     if parsed.tta:
         views = evaluation.evaluate_split(model, dataset, parsed.split, tta=True, **settings)
         result["accuracy_tta"] = round(views.accuracy, 4)
+    if parsed.pgd:
+        result |= _under_attack(parsed, model, dataset, device)
     title = f"{chosen.model}, step {saved.step}, {dataset.name} {parsed.split}: {measured.accuracy:.2f} %"
     picture = output / "confusion.png"
     missing = confusion.draw(matrix, dataset.class_names, picture, title)
     print(missing or f"confusion matrix: {picture}")
     classes = {name: round(value, 4) for name, value in zip(dataset.class_names, by_class, strict=True)}
     return result | {"accuracy_by_class": classes, "confusion": matrix.tolist()}
+
+
+def _under_attack(parsed: argparse.Namespace, model: nn.Module, dataset: data.ImageDataset, device) -> dict[str, Any]:
+    attacked = robustness.robust_evaluation(
+        model, dataset, parsed.split, device=device, radius=parsed.pgd_eps, steps=parsed.pgd_steps,
+        count=parsed.pgd_images, seed=parsed.seed,
+    )  # fmt: skip
+    return {
+        "accuracy_pgd": round(attacked.accuracy, 4),
+        "pgd_steps": parsed.pgd_steps,
+        "pgd_eps": round(parsed.pgd_eps, 6),
+        "pgd_images": len(attacked.predictions),
+    }
 
 
 def _gan(

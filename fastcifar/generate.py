@@ -34,23 +34,6 @@ def _parser() -> command_line.Parser:
     return parser
 
 
-def numbers(text: str) -> list[int]:
-    """0-3,7 → [0, 1, 2, 3, 7].
-
-    Raises:
-        ValueError: not such a list.
-    """
-    found: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise ValueError(f"--seeds must be numbers such as 0-7 or 3,14,15, got {text!r}")
-        found += range(int(first), int(last if dash else first) + 1)
-    if not found:
-        raise ValueError(f"--seeds {text!r} names no seed")
-    return found
-
-
 def between(a: torch.Tensor, b: torch.Tensor, share: torch.Tensor, path: str) -> torch.Tensor:
     """Latents [F, Z] on the way from a [Z] to b [Z] at the shares [F]; "spherical" keeps their usual length.
 
@@ -78,7 +61,7 @@ def _class_index(gan: models.GAN, name: str, names: tuple[str, ...]) -> int:
 
 def _sheet(gan: models.GAN, names: tuple[str, ...], parsed, device: torch.device) -> numpy.ndarray:
     """Classes × seeds; without classes one row."""
-    seeds = numbers(parsed.seeds)
+    seeds = command_line.numbers("--seeds", parsed.seeds)
     latents = torch.stack([_latent(gan, seed) for seed in seeds]) * parsed.truncation
     labels = None
     if parsed.classes or gan.conditional:
@@ -101,7 +84,7 @@ def _interpolation(gan: models.GAN, names: tuple[str, ...], parsed, device: torc
     labels = torch.tensor([_class_index(gan, name, names) for name in (first, second)])
     if parsed.frames < 2:
         raise ValueError(f"--frames must be ≥ 2, got {parsed.frames}")
-    seeds = numbers(parsed.seeds)
+    seeds = command_line.numbers("--seeds", parsed.seeds)
     share = torch.linspace(0, 1, parsed.frames)
     start, end = _latent(gan, seeds[0]), _latent(gan, seeds[min(1, len(seeds) - 1)])
     latents = between(start, end, share, parsed.path) * parsed.truncation
@@ -120,7 +103,8 @@ def _interpolation(gan: models.GAN, names: tuple[str, ...], parsed, device: torc
 def _write_set(gan: models.GAN, names: tuple[str, ...], parsed, device: torch.device, folder: pathlib.Path) -> str:
     """`--count` images with balanced random labels."""
     images, labels = [], []
-    for batch, classes in sampling.sample_batches(gan.generator, gan, parsed.count, device, numbers(parsed.seeds)[0]):
+    seed = command_line.numbers("--seeds", parsed.seeds)[0]
+    for batch, classes in sampling.sample_batches(gan.generator, gan, parsed.count, device, seed):
         images.append(batch)
         labels.append(numpy.zeros(len(batch), numpy.int64) if classes is None else classes.cpu().numpy())
     everything, classes = numpy.concatenate(images), numpy.concatenate(labels)

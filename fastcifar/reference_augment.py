@@ -68,8 +68,8 @@ def augment(
     def render(where: torch.Tensor) -> torch.Tensor:
         """[n, H, W, 3] of the images at these positions, before mixing."""
         mirrored = None if flips is None else flips[where]
-        rows, columns = _geometry(where, step, seed, crop_pad, crop_mode, random_flip, mirrored, (height, width))
-        made = _gather(images, indices[where], rows, columns, crop_mode == "zero" and crop_pad > 0).to(compute)
+        views = draw_views(where, step, seed, crop_pad, random_flip, mirrored)
+        made = show_views(images, indices[where], views, crop_pad, crop_mode).to(compute)
         if color_jitter:
             made = _jitter(made / 255, color_jitter, where, step, seed) * 255
         made = torch.addcmul(shift, made, scale)
@@ -98,25 +98,35 @@ def _source_axis(size: int, shift: torch.Tensor, pad: int, mode: str) -> torch.T
     return torch.where(axis >= size, 2 * (size - 1) - axis, axis)
 
 
-def _geometry(
+def draw_views(
     positions: torch.Tensor,
     step: int | torch.Tensor,
     seed: int,
     pad: int,
-    mode: str,
     random_flip: bool,
     flips: torch.Tensor | None,
-    size: tuple[int, int],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Source row [n, H] and source column [n, W] of every output pixel."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Shifts of rows and columns, in [0, 2·pad], and flips (None for none at all) of these positions, [n] each."""
     words = philox(positions, step, _GEOMETRY, seed)
-    rows = _source_axis(size[0], below(words[0], 2 * pad + 1), pad, mode)
-    columns = _source_axis(size[1], below(words[1], 2 * pad + 1), pad, mode)
     if random_flip:
         flips = words[2] >> 31 == 1
+    return below(words[0], 2 * pad + 1), below(words[1], 2 * pad + 1), flips
+
+
+def show_views(
+    images: torch.Tensor,
+    index: torch.Tensor,
+    views: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None],
+    pad: int,
+    mode: str,
+) -> torch.Tensor:
+    """Bytes [n, H, W, 3] of images [N, H, W, 3] by index, shifted and flipped as `draw_views` says."""
+    shift_rows, shift_columns, flips = views
+    rows = _source_axis(images.shape[1], shift_rows, pad, mode)
+    columns = _source_axis(images.shape[2], shift_columns, pad, mode)
     if flips is not None:
         columns = torch.where(flips[:, None], columns.flip(1), columns)
-    return rows, columns
+    return _gather(images, index, rows, columns, mode == "zero" and pad > 0)
 
 
 def _gather(

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import pathlib
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _STARTED = time.perf_counter()
 
 import torch  # noqa: E402
 
-from fastcifar import command_line, data, models, profiling  # noqa: E402
-from fastcifar.training import checkpoint, distributed, environment, loop, memory, recipe, run_folder, trackers  # noqa: E402
+from fastcifar import command_line, data, models, profiling, recipe_flags  # noqa: E402
+from fastcifar.training import (  # noqa: E402
+    checkpoint,
+    distributed,
+    environment,
+    loop,
+    memory,
+    recipe,
+    run_folder,
+    trackers,
+    transfer,
+)
 from fastcifar.training.adversarial import Adversarial  # noqa: E402
-from fastcifar.training.classify import Classification, load_weights  # noqa: E402
+from fastcifar.training.classify import Classification  # noqa: E402
 from fastcifar.training.curves import draw_curves  # noqa: E402
-from fastcifar.training.options import Recipe, flag, options  # noqa: E402
+from fastcifar.training.networks import load_weights  # noqa: E402
+from fastcifar.training.options import Recipe  # noqa: E402
 from fastcifar.training.progress import Lines, format_duration, reporter  # noqa: E402
 
 _RUNS = pathlib.Path("runs")
@@ -29,65 +39,16 @@ _NOT_FINITE, _SAVE_FAILED, _OUT_OF_MEMORY = 3, 4, 5
 
 
 def _parser() -> command_line.Parser:
-    parser = command_line.Parser(
-        prog="python -m fastcifar.train",
-        description="Trains a network. The last line printed is the result, one JSON object.",
+    parser = recipe_flags.parser(
+        "python -m fastcifar.train", "Trains a network. The last line printed is the result, one JSON object."
     )
-    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of options; flags win over it")
     parser.add_argument("-n", "--dry-run", action="store_true", help="show configuration, size and time, train nothing")
-    kinds = {int: command_line.whole_number, float: command_line.number, str: str}
-    groups: dict[str, Any] = {}
-    for option in options():
-        group = option.metadata["group"]
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        names = ["-b", flag(option.name)] if option.name == "batch_size" else [flag(option.name)]
-        settings: dict[str, Any] = {"dest": option.name, "default": None, "help": option.metadata["help"]}
-        if option.metadata["kind"] is bool:
-            settings["action"] = "store_true" if option.default is False else argparse.BooleanOptionalAction
-        else:
-            settings |= {"type": kinds[option.metadata["kind"]], "metavar": option.name.upper().split("_")[-1]}
-            if "choices" in option.metadata:
-                settings["help"] += f": {', '.join(option.metadata['choices'])}"
-        groups[group].add_argument(*names, **settings)
-    groups["what"].add_argument(
-        "--model-option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="an option of the network, such as activation=silu or strides=1,1,2,2; may be repeated",
-    )
     return parser
-
-
-def _value(text: str) -> Any:
-    """A model option's value as typed: a number, true or false, a list with commas, or a text."""
-    if "," in text:
-        return [_value(part) for part in text.split(",") if part]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return {"true": True, "false": False}.get(text.lower(), text)
-
-
-def _flags(arguments: Any) -> dict[str, Any]:
-    given = {o.name: getattr(arguments, o.name) for o in options() if getattr(arguments, o.name) is not None}
-    model_options = {}
-    for text in arguments.model_option:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise command_line.UsageError(f"--model-option must be NAME=VALUE, got {text!r}")
-        model_options[name] = _value(value)
-    if model_options:
-        given["model_options"] = model_options
-    return given
 
 
 def _resolve(arguments: Any, has_gpu: bool) -> tuple[Recipe, checkpoint.Checkpoint | None]:
     """The recipe, and the checkpoint to go on from; a resumed run brings its own options along."""
-    flags = _flags(arguments)
+    flags = recipe_flags.given(arguments)
     config = recipe.read_config(arguments.config) if arguments.config else {}
     resume = flags.get("resume", config.get("resume"))
     if not isinstance(resume, str):
@@ -143,21 +104,56 @@ def _check(chosen: Recipe) -> None:
     trackers.check(chosen)
 
 
+def _first_weights(
+    chosen: Recipe, saved: checkpoint.Checkpoint | None
+) -> Callable[[Classification | Adversarial], None]:
+    """Reads the weights from elsewhere that the run begins with, if any; returns what puts them into its task."""
+    source = checkpoint.find(chosen.init_weights, notify=print) if chosen.init_weights else None
+    backbone = None
+    if saved is None and chosen.backbone not in (None, "none"):
+        backbone = transfer.read_backbone(chosen.backbone, chosen.model)
+
+    def put(task: Classification | Adversarial) -> None:
+        if source is not None:
+            load_weights(task.model, source)
+        if backbone is not None:
+            transfer.load_backbone(task.model, backbone, chosen.backbone)
+        if source is not None or backbone is not None:
+            task.restart_average()
+
+    return put
+
+
 def _dry_run(chosen: Recipe, task: Classification | Adversarial) -> int:
     shown = {key: value for key, value in dataclasses.asdict(chosen).items() if value is not None}
     for key, value in shown.items():
         print(f"{key}: {json.dumps(value)}")
     print(f"parameters: {models.count_parameters(task.model)}")
+    seconds, by_kind = 0.0, {}
+    for phase in transfer.phases(chosen.phases, chosen.steps):
+        if phase.start == phase.stop:
+            continue
+        if phase.frozen not in by_kind:
+            by_kind[phase.frozen] = _step_seconds(task, phase.start)
+        seconds += by_kind[phase.frozen] * (phase.stop - phase.start)
+        if chosen.phases:
+            kind = ", the head alone" if phase.frozen else ""
+            print(f"steps {phase.start + 1} to {phase.stop}: learning rate × {phase.factor:g}{kind}")
+    per_step = f"{1000 * seconds / chosen.steps:.1f} ms a step on {task.device}"
+    print(f"estimated time: {format_duration(seconds)} ({per_step})")
+    return 0
+
+
+def _step_seconds(task: Classification | Adversarial, first: int) -> float:
+    """Median time of some steps from this one on."""
     times: list[float] = []
     while len(times) < 2 or (len(times) < 8 and sum(times) < 10.0):
         started = time.perf_counter()
-        task.train_step(len(times))
+        task.train_step(first + len(times))
         if task.device.type == "cuda":
             torch.cuda.synchronize(task.device)
         times.append(time.perf_counter() - started)
-    step = sorted(times[1:])[len(times[1:]) // 2]
-    print(f"estimated time: {format_duration(step * chosen.steps)} ({1000 * step:.1f} ms a step on {task.device})")
-    return 0
+    return sorted(times[1:])[len(times[1:]) // 2]
 
 
 def _result(task: Classification | Adversarial, train_loop: loop.Loop, started_at: int) -> dict[str, Any]:
@@ -225,7 +221,8 @@ def _report(
             missing = draw_curves(folder.rows, folder.path / "curves.png", title)
             if missing:
                 progress.message(missing)
-        run_folder.write_json(folder.path / "result.json", result)
+        if not (task.recipe.eval_only and (folder.path / "result.json").exists()):
+            run_folder.write_json(folder.path / "result.json", result)
     except OSError as failure:
         _complain(f"the result could not be written to {folder.path} ({failure}); it is printed here only")
         status = _SAVE_FAILED
@@ -247,9 +244,10 @@ def main(arguments: Sequence[str]) -> int:
     place = _place(chosen, saved)
     if chosen.nvtx:
         profiling.enable()
-    source = checkpoint.find(chosen.init_weights, notify=print) if chosen.init_weights else None
+    put_first_weights = _first_weights(chosen, saved)
     settings = environment.prepare_process(device, deterministic=chosen.deterministic)
     dataset = data.load_dataset(chosen.dataset, chosen.data_dir, download=not parsed.dry_run, seed=0)
+    dataset = data.hold_out(dataset, chosen.holdout)
     chosen = recipe.with_budget(chosen, len(dataset.train_images))
     folder = None
     distributed.join(processes, device)
@@ -257,13 +255,12 @@ def main(arguments: Sequence[str]) -> int:
         processes.check_same("begins after step", saved.step if saved else 0)
         gan = chosen.model in models.list_models(gan=True)
         columns = run_folder.GAN_COLUMNS if gan else run_folder.COLUMNS
-        task = (Adversarial if gan else Classification)(chosen, dataset, device, processes)
-        if source is not None:
-            load_weights(task.model, source)
-            task.restart_average()
+        shown = dataclasses.replace(chosen, kd_cache=False) if parsed.dry_run else chosen
+        task = (Adversarial if gan else Classification)(shown, dataset, device, processes)
+        put_first_weights(task)
         if parsed.dry_run:
             return _dry_run(chosen, task)
-        folder = run_folder.RunFolder(place, saved.step if saved else 0, columns) if processes.is_first else None
+        folder = run_folder.RunFolder(place, None, columns) if processes.is_first else None
         progress = reporter(chosen.steps, folder.log if folder is not None else None)
         for notice in (*dataset.notices, task.graph_notice):
             if notice:
@@ -271,7 +268,9 @@ def main(arguments: Sequence[str]) -> int:
         train_loop = loop.Loop(task, folder, progress, processes)
         if saved is not None:
             train_loop.resume(saved)
-        if folder is not None:
+        # An evaluation leaves the run that it looks at as it is.
+        if folder is not None and not (chosen.eval_only and saved):
+            folder.rewind(train_loop.step)
             settings["startup_seconds"] = round(time.perf_counter() - _STARTED, 2)
             config = dataclasses.asdict(chosen)
             folder.describe(config, environment.describe(device, settings))

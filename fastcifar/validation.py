@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import math
 from collections.abc import Iterable, Sequence
 
@@ -31,6 +32,17 @@ def choose(kind: str, name: str, choices: Iterable[str]) -> str:
     near = nearest_match(name, choices)
     hint = f"; did you mean {near!r}?" if near else ""
     raise ValueError(f"unknown {kind} {name!r}{hint} (choose from: {', '.join(choices)})")
+
+
+def require(extra: str, *packages: str) -> None:
+    """Checks that the packages of an optional part are installed.
+
+    Raises:
+        ValueError: the first that is missing, and the line that installs it.
+    """
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(f"{package} is not installed; run `pip install 'fastcifar[{extra}]'`")
 
 
 def pair(operator: str, name: str, value: int | Sequence[int], *, minimum: int) -> tuple[int, int]:

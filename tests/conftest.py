@@ -46,6 +46,12 @@ def lpips_weights() -> pathlib.Path:
 
 
 @pytest.fixture
+def no_curves(monkeypatch):
+    """Drawing the curves takes longer than a tiny run."""
+    monkeypatch.setattr("fastcifar.train.draw_curves", lambda *arguments: None)
+
+
+@pytest.fixture
 def one_thread():
     """For layers this small, several threads wait more for each other than they work."""
     threads = torch.get_num_threads()

@@ -17,10 +17,22 @@ MAX_KERNEL = 80
 
 # Each layer may import those below it; the ground is open to all.
 LAYERS = [
-    {"train", "evaluate", "generate", "export", "doctor", "command_line"},
+    {
+        "train",
+        "evaluate",
+        "generate",
+        "export",
+        "explain",
+        "tune",
+        "compress",
+        "doctor",
+        "recipe_flags",
+        "command_line",
+    },
+    {"deploy"},
     {"training"},
     {"models", "data", "metrics"},
-    {"nn", "fuse", "fusing"},
+    {"nn", "fuse", "fusing", "folding"},
     {"functional"},
     {"ops"},
     {"reference", "reference_augment", "reference_aw_hinge", "reference_spectral", "kernels"},

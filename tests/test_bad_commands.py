@@ -21,6 +21,7 @@ TRAIN = {
     "unknown schedule": "--sched cosinus",
     "unknown flip": "--hflip alternate",
     "unknown impl": "--impl cuda",
+    "unknown placement": "--data-placement split",
     "unknown dtype": "--amp-dtype float16",
     "unknown device": "--device gpu",
     "no such GPU": "--device cuda:99",

@@ -19,7 +19,7 @@ STEPS = {"classifier": 4, "gan": 2}
 
 
 @pytest.fixture(params=[(form, kind) for form in FORMATS for kind in STEPS], ids="-".join)
-def run(request, tmp_path, monkeypatch):
+def run(request, tmp_path, monkeypatch, no_curves, one_thread):
     """A run folder with one old checkpoint, in the working folder of its data."""
     form, kind = request.param
     monkeypatch.chdir(tmp_path)

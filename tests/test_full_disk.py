@@ -18,7 +18,7 @@ RUN += ["--save-every", "2", "--eval-every", "0"]
 
 
 @pytest.fixture
-def source(tmp_path, monkeypatch):
+def source(tmp_path, monkeypatch, no_curves, one_thread):
     monkeypatch.chdir(tmp_path)
     return write_tiny(tmp_path / "tiny.npz")
 

@@ -69,15 +69,17 @@ def run_config(folder, monkeypatch, capsys):
 
 @EXAMPLES
 @given(table=st.dictionaries(KEYS, VALUES, max_size=4))
-def test_configurations_of_any_values(table, place, monkeypatch, capsys):
+def test_configurations_of_any_values(table, place, monkeypatch, capsys, record_property):
     (place / "c.yaml").write_text(json.dumps(table))
+    record_property("examples", 1)
     run_config(place, monkeypatch, capsys)
 
 
 @EXAMPLES
 @given(raw=st.binary(max_size=60) | st.text(string.printable, max_size=60).map(str.encode))
-def test_configurations_of_any_bytes(raw, place, monkeypatch, capsys):
+def test_configurations_of_any_bytes(raw, place, monkeypatch, capsys, record_property):
     (place / "c.yaml").write_bytes(raw)
+    record_property("examples", 1)
     run_config(place, monkeypatch, capsys)
 
 
@@ -127,7 +129,7 @@ def run(request, place):
 COMMANDS = {"evaluate": evaluate.main, "generate": generate.main}
 
 
-def use(run, place, monkeypatch, capsys, names=("state.safetensors", "checkpoint.json")):
+def use(run, place, monkeypatch, capsys):
     """Both commands that read a checkpoint, and a resumed run up to its data."""
 
     def stop(*arguments, **keywords):
@@ -146,18 +148,19 @@ def use(run, place, monkeypatch, capsys, names=("state.safetensors", "checkpoint
 
 @EXAMPLES
 @given(change=st.data())
-def test_checkpoints_of_any_bytes(change, run, place, monkeypatch, capsys):
+def test_checkpoints_of_any_bytes(change, run, place, monkeypatch, capsys, record_property):
     target = run / "checkpoints/step-00000005" / change.draw(st.sampled_from(["state.safetensors", "checkpoint.json"]))
     sound = (FIXTURES / run.name / target.name).read_bytes()
     begin = change.draw(st.integers(0, len(sound)))
     end = change.draw(st.integers(begin, min(len(sound), begin + 200)))
     target.write_bytes(sound[:begin] + change.draw(st.binary(max_size=40)) + sound[end:])
+    record_property("examples", 1)
     use(run, place, monkeypatch, capsys)
 
 
 @EXAMPLES
 @given(change=st.data())
-def test_checkpoints_of_any_content_with_the_right_hash(change, run, place, monkeypatch, capsys):
+def test_checkpoints_of_any_content_with_the_right_hash(change, run, place, monkeypatch, capsys, record_property):
     """As someone would write them who means harm."""
     target = run / "checkpoints/step-00000005/checkpoint.json"
     note = json.loads((FIXTURES / run.name / "checkpoint.json").read_text())
@@ -170,6 +173,7 @@ def test_checkpoints_of_any_content_with_the_right_hash(change, run, place, monk
     if where is not note or key != "own_sha256":
         note["own_sha256"] = checkpoint._own_sha256(note)
     target.write_text(json.dumps(note))
+    record_property("examples", 1)
     use(run, place, monkeypatch, capsys)
 
 

@@ -20,7 +20,7 @@ KINDS = {"classifier": (CLASSIFIER, classify.Classification), "dcgan": (GAN, adv
 
 
 @pytest.fixture(params=KINDS)
-def run(request, tmp_path, monkeypatch):
+def run(request, tmp_path, monkeypatch, no_curves, one_thread):
     """The command line of a run, and the class of its task."""
     monkeypatch.chdir(tmp_path)
     write_tiny("tiny.npz")
@@ -79,14 +79,14 @@ def test_a_second_interrupt_stops_at_once(run, monkeypatch):
 
 def break_next_step(task):
     """Makes one step's loss infinite."""
-    original = task.loader.batch
+    original = task.loader.render
 
-    def batch(number):
-        task.loader.batch = original
-        made = original(number)
+    def render(plan):
+        task.loader.render = original
+        made = original(plan)
         return made._replace(images=made.images * float("inf"))
 
-    task.loader.batch = batch
+    task.loader.render = render
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
@@ -207,7 +207,7 @@ def test_nothing_fits(run, monkeypatch, capsys):
 
     monkeypatch.setattr(task, "train_step", refuse)
     assert status_of([*arguments, "--output", "run"]) == 5
-    assert "not even --batch-size 1 fits" in capsys.readouterr().err
+    assert "no half, quarter, … of it fits" in capsys.readouterr().err
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(run, monkeypatch):

@@ -13,15 +13,18 @@ from fastcifar.training import distributed, loop, progress, recipe, run_folder
 from fastcifar.training.adversarial import Adversarial
 from fastcifar.training.classify import Classification
 
-COMMON = {"amp_dtype": "fp32", "model_ema_decay": 0.9, "eval_every": 500, "save_every": 250}
-CLASSIFIER = {"model_options": {"width": 0.02}, "batch_size": 4, "crop_pad": 1, "hflip": "random"}
-GAN = {"model": "dcgan", "model_options": {"width": 1, "latent_dim": 2}, "batch_size": 2}
-KINDS = {"classifier": (Classification, CLASSIFIER, 2_000), "dcgan": (Adversarial, GAN, 600)}
+COMMON = {"amp_dtype": "fp32", "batch_size": 2, "model_ema_decay": 0.9, "eval_every": 50, "save_every": 50}
+PLAIN = {"model": "small_filters_cnn", "model_options": {"widths": (1, 1, 1)}, "crop_pad": 1, "hflip": "random"}
+KINDS = {
+    "small_filters_cnn": (Classification, PLAIN, 2_000),
+    "ds_resnet": (Classification, {"model_options": {"width": 0.02}}, 400),
+    "dcgan": (Adversarial, {"model": "dcgan", "model_options": {"width": 1, "latent_dim": 2}}, 400),
+}
 
 
 def make(name, folder, **more):
     kind, options, _ = KINDS[name]
-    dataset = data.load_dataset(write_tiny(folder / "tiny.npz", size=8 if name == "classifier" else 32, classes=2))
+    dataset = data.load_dataset(write_tiny(folder / "tiny.npz", size=32, classes=2))
     chosen = recipe.resolve({**COMMON, **options, **more}, has_gpu=False)
     chosen = recipe.with_budget(chosen, len(dataset.train_images))
     return kind(chosen, dataset, torch.device("cpu"), distributed.Processes())
@@ -76,7 +79,7 @@ def test_nothing_is_compiled_after_the_warm_up(tmp_path, monkeypatch, record_pro
     original = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: original(model, backend=backend))
     torch._dynamo.reset()
-    running = make("classifier", tmp_path, steps=60, compile=True)
+    running = make("ds_resnet", tmp_path, steps=60, compile=True)
     for step in range(3):
         running.train_step(step)
     warm = len(compiled)

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from fastcifar import models
 from fastcifar.training import recipe
 from fastcifar.training.options import Recipe, options
 
@@ -21,6 +22,28 @@ def test_seed_is_the_published_recipe():
     seed = resolve(preset="seed")
     assert (seed.opt, seed.lr, seed.sched, seed.batch_size, seed.steps) == ("adam", 1e-3, "constant", 512, 10_000)
     assert (seed.crop_pad, seed.hflip, seed.weight_decay) == (4, "random", 0.0) and seed.color_jitter > 0
+
+
+def test_presets_that_name_their_network():
+    transfer = recipe.with_budget(resolve(model="xception"), images=50_000)
+    assert (transfer.preset, transfer.backbone, transfer.steps) == ("xception-transfer", "imagenet", 17_969)
+    assert (transfer.lr, transfer.phases) == (2e-4, "20:1:frozen,13:0.025,13:0.01")
+    cifar10 = resolve(preset="resnet_cifar10")
+    assert (cifar10.model, cifar10.dataset, cifar10.epochs, cifar10.steps) == ("resnet_cifar10", "cifar10", 30, None)
+    speed = resolve(preset="cifar10-speed", dataset="auto", steps=5)
+    assert (speed.hflip, speed.tta, speed.dataset, speed.steps) == ("alternating", True, "auto", 5)
+    wide = recipe.with_budget(resolve(model="modify_resnet", preset="seed"), images=50_000)
+    assert (wide.opt, wide.phases, wide.steps) == ("adam", "16:1,6:0.1,4:0.01", 78 * 50_000 // 128 + 1)
+    assert models.model_options("modify_resnet")["dropout"] == models.model_options("xception")["dropout"] == 0.5
+
+
+def test_the_command_line_offers_the_presets_that_there_are():
+    (preset,) = (option for option in options() if option.name == "preset")
+    assert preset.metadata["choices"] == ("auto", *recipe.PRESETS)
+
+
+def test_first_weights_replace_the_presets_backbone():
+    assert resolve(model="xception", init_weights="run").backbone is None
 
 
 def test_flags_win_over_file_and_file_over_preset():
@@ -57,6 +80,7 @@ def test_budget_fills_warm_up_and_evaluation():
         ({"mixup": 0.2, "cutmix": 1.0}, ["--mixup", "--cutmix", "exclude"]),
         ({"eval_only": True}, ["--eval-only", "--resume"]),
         ({"resume": "auto", "init_weights": "x"}, ["--resume", "--init-weights"]),
+        ({"preset": "best"}, ["--preset best", "--teacher RUN", "--preset fast"]),
         ({"sched": "cosin"}, ["'cosin'", "'cosine'"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

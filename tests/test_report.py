@@ -13,6 +13,7 @@ def test_a_changed_number_is_found(tmp_path, monkeypatch, capsys):
     document = tmp_path / "README.md"
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "DOCUMENTS", (document,))
+    monkeypatch.setattr(report, "IMAGES", tmp_path / "images")
     document.write_text("before\n<!-- table demo -->\n| network |\n<!-- end -->\nafter\n", encoding="utf-8")
     assert report.main(["--check"]) == 1
     assert report.main([]) == 0 and report.main(["--check"]) == 0

@@ -95,10 +95,11 @@ def test_stopping_and_going_on_gives_the_same_result(source, tmp_path, capsys, m
     assert [row["train_loss"] for row in rows] == wholes
 
 
-def test_going_on_with_other_options_is_refused_by_name(source, capsys):
+@pytest.mark.parametrize("resume", [["--resume", "run"], ["--resume", "auto", "--output", "run"]], ids=["path", "auto"])
+def test_going_on_with_other_options_is_refused_by_name(resume, source, capsys):
     assert status_of(start(source, "--steps", 4, "--output", "run")) == 0
     capsys.readouterr()
-    assert status_of(["--resume", "run", "--lr", 0.9, "--seed", 5]) == 2
+    assert status_of([*resume, "--lr", 0.9, "--seed", 5]) == 2
     message = capsys.readouterr().err
     assert "lr: 0.4 → 0.9" in message and "seed: 0 → 5" in message and len(message.splitlines()) == 1
 
@@ -137,6 +138,27 @@ def test_first_weights_and_evaluation_only(source, capsys):
     again = result_of(capsys)
     assert again["test_accuracy"] == trained["test_accuracy"] and again["steps"] == 0
     assert not os.path.exists("again/checkpoints")
+
+
+def test_evaluating_an_older_checkpoint_leaves_the_run_as_it_is(source, tmp_path, capsys):
+    assert status_of(start(source, "--steps", 12, "--save-every", 5, "--output", "run")) == 0
+    names = ("metrics.jsonl", "metrics.csv", "config.yaml", "env.json", "result.json", "curves.png")
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in names if (tmp_path / "run" / name).exists()}
+    assert status_of(["--resume", "run/checkpoints/step-00000010", "--eval-only"]) == 0
+    assert result_of(capsys)["steps"] == 10
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in before} == before
+
+
+def test_a_checkpoint_that_does_not_fit_costs_no_row(source, tmp_path, monkeypatch, capsys):
+    assert status_of(start(source, "--steps", 6, "--save-every", 5, "--output", "run")) == 0
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    saved = checkpoint.load(tmp_path / "run/checkpoints/step-00000005")
+    saved.tensors.popitem()
+    checkpoint.save(tmp_path / "run/checkpoints", 5, saved.tensors, saved.state)
+    capsys.readouterr()
+    assert status_of(["--resume", "run/checkpoints/step-00000005"]) == 2
+    assert "lacks" in capsys.readouterr().err
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
 
 
 def test_dry_run_shows_all_and_writes_nothing(source, tmp_path, capsys):

@@ -2,6 +2,7 @@
 that float32 has in one process."""
 
 import contextlib
+import dataclasses
 from unittest import mock
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from distributed_case import run_ranks
 from training_case import write_tiny
 
-from fastcifar import data
+from fastcifar import data, recipe_flags, train
 from fastcifar.training import adversarial, classify, distributed, recipe, sampling
 
 CPU = torch.device("cpu")
@@ -181,3 +182,14 @@ def test_local_statistics_are_averaged_after_the_step(name, results):
             one, other = (half[2][key] for half in halves)
             np.testing.assert_allclose(tensor, (one + other) / 2, rtol=1e-5, atol=1e-6, err_msg=key)
             assert "running" not in key or (one != other).any()
+
+
+def test_options_of_several_processes_are_flags():
+    parsed = train._parser().parse_args(["--no-sync-bn", "--data-placement", "sharded"])
+    chosen = recipe.resolve(recipe_flags.given(parsed), has_gpu=False)
+    assert not chosen.sync_bn and chosen.data_placement == "sharded"
+    assert recipe.resolve({}, has_gpu=False).sync_bn
+    # Where the images lie changes nothing of the result, local statistics do.
+    fields = [dataclasses.asdict(recipe.resolve(given, has_gpu=False)) for given in ({}, {"data_placement": "sharded"})]
+    assert recipe.differences(*fields) == []
+    assert recipe.differences(fields[0], {**fields[0], "sync_bn": False}) == ["sync_bn: True → False"]

@@ -65,7 +65,7 @@ def download(
     Args:
         url: of the file.
         target: appears only when complete and verified; until then the bytes wait beside it as `….part`.
-        md5, sha256: one of them, as published, in hexadecimal.
+        md5, sha256: one of them, as published, in hexadecimal; all digits, or the first ones where no more are known.
         size_limit: in bytes; a longer answer is refused.
         notify: told what happens.
         schemes: allowed for the url and all it redirects to.
@@ -79,7 +79,7 @@ def download(
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     with _locked(target.with_name(target.name + ".lock")):
-        if target.is_file() and hash_of(target, algorithm) == expected:
+        if target.is_file() and _agrees(hash_of(target, algorithm), expected):
             return target
         notify(f"downloading {url} to {target}")
         try:
@@ -91,11 +91,15 @@ def download(
             reason = " ".join(str(getattr(error, "reason", error)).split())
             raise DataError(f"cannot download {url} ({reason}); fetch it by hand to {target}") from error
         found = hash_of(part, algorithm)
-        if found != expected:
+        if not _agrees(found, expected):
             part.unlink()
             raise DataError(f"{url} has {algorithm.upper()} {found}, not the published {expected}; nothing was kept")
         os.replace(part, target)
     return target
+
+
+def _agrees(found: str, expected: str) -> bool:
+    return bool(expected) and found.startswith(expected)
 
 
 def _fetch(url: str, part: pathlib.Path, size_limit: int, redirects: Any, timeout: float) -> None:

@@ -11,7 +11,7 @@ import torch
 from fastcifar import functional, validation
 from fastcifar.data.augment import Augmentation
 from fastcifar.data.shard import PLACEMENTS, ImageShard
-from fastcifar.reference_augment import normalisation, partner_shift
+from fastcifar.reference_augment import draw_views, normalisation, partner_shift, show_views
 
 __all__ = ["Augmentation", "Batch", "Plan", "ResidentLoader", "evaluation_batches"]
 
@@ -147,13 +147,17 @@ class ResidentLoader:
             indices[chosen] = self._order(int(epoch))[places[chosen]]
         return indices, epochs
 
-    def plan(self, step: int) -> Plan:
-        """What the batch of 0-based `step` is made of, on the host."""
+    def _chosen(self, step: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Image index and alternating flip of each position of the global batch."""
         indices, epochs = self._indices(step, numpy.arange(self.batch_size))
         flips = None
         if self._flip_half is not None:
             flips = torch.from_numpy((self._flip_half[indices] + epochs) % 2 == 1)
-        plan = Plan(torch.tensor([step]), torch.from_numpy(indices), flips)
+        return torch.from_numpy(indices), flips
+
+    def plan(self, step: int) -> Plan:
+        """What the batch of 0-based `step` is made of, on the host."""
+        plan = Plan(torch.tensor([step]), *self._chosen(step))
         return plan if self._shard is None else self._with_images(plan, step)
 
     def _with_images(self, plan: Plan, step: int) -> Plan:
@@ -187,6 +191,30 @@ class ResidentLoader:
     def batch(self, step: int) -> Batch:
         """This rank's part of the global batch of 0-based `step`; the same at every call."""
         return self.render(Plan(*(None if t is None else t.to(self.device) for t in self.plan(step))))
+
+    @property
+    def views(self) -> int:
+        """How many ways there are to crop and flip an image."""
+        return (2 * self.augmentation.crop_pad + 1) ** 2 * (1 if self.augmentation.hflip == "off" else 2)
+
+    def views_of(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image index and number of its view of the global batch of 0-based `step`, int64 [B] each, on the host."""
+        options, (indices, flips) = self.augmentation, self._chosen(step)
+        where = torch.arange(self.batch_size)
+        rows, columns, flips = draw_views(where, step, self.seed, options.crop_pad, options.hflip == "random", flips)
+        span = 2 * options.crop_pad + 1
+        view = rows * span + columns
+        return indices, view if flips is None else view + flips * span**2
+
+    def view_images(self, index: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
+        """Views by number of the images with these indices, [n, 3, H, W]: cropped, flipped and normalised."""
+        options, (scale, shift) = self.augmentation, normalisation(self._mean, self._std)
+        span = 2 * options.crop_pad + 1
+        index, view = index.to(self.device), view.to(self.device)
+        views = view // span % span, view % span, view >= span**2
+        shown = show_views(self._images, index, views, options.crop_pad, options.crop_mode).float()
+        scale, shift = (torch.tensor(numbers, device=self.device) for numbers in (scale, shift))
+        return torch.addcmul(shift, shown, scale).to(self.dtype).permute(0, 3, 1, 2)
 
 
 def evaluation_batches(

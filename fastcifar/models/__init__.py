@@ -8,8 +8,10 @@ from fastcifar.models import (
     modify_resnet,
     resnet_cifar10,
     small_filters_cnn,
+    xception,
 )
 from fastcifar.models.gan import GAN
+from fastcifar.models.layers import backbone
 from fastcifar.models.registry import count_parameters, create_model, list_models, model_options, register
 
 register("ds_resnet", ds_resnet.ds_resnet)
@@ -17,9 +19,10 @@ register("ds_resnet_x2", ds_resnet.ds_resnet_x2)
 register("small_filters_cnn", small_filters_cnn.small_filters_cnn)
 register("modify_resnet", modify_resnet.modify_resnet)
 register("resnet_cifar10", resnet_cifar10.resnet_cifar10)
+register("xception", xception.xception)
 register("dcgan", dcgan.dcgan, gan=True)
 register("aw_sngan", aw_sngan.aw_sngan, gan=True)
 register("aw_sngan_res", aw_sngan_variants.aw_sngan_res, gan=True)
 register("aw_sngan_light", aw_sngan_variants.aw_sngan_light, gan=True)
 
-__all__ = ["GAN", "count_parameters", "create_model", "list_models", "model_options", "register"]
+__all__ = ["GAN", "backbone", "count_parameters", "create_model", "list_models", "model_options", "register"]

@@ -68,3 +68,25 @@ def check_stages(model: str, widths: Sequence[int], strides: Sequence[int]) -> N
             raise ValueError(f"{model}: {name} must be ints ≥ 1, got {tuple(values)}")
     if len(widths) != len(strides):
         raise ValueError(f"{model}: {len(widths)} widths {tuple(widths)} need as many strides, got {tuple(strides)}")
+
+
+def check_inner(model: str, inner_widths: Sequence[int] | None, blocks: int) -> Sequence[int | None]:
+    """One positive int for each block, or None for each."""
+    if inner_widths is None:
+        return [None] * blocks
+    values = tuple(inner_widths) if isinstance(inner_widths, (tuple, list)) else (inner_widths,)
+    if len(values) != blocks or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
+        raise ValueError(f"{model}: inner_widths must be {blocks} ints ≥ 1, one a block, got {values}")
+    return values
+
+
+def backbone(model: nn.Module) -> dict[str, nn.Module]:
+    """All parts of a classifier but its head, by name: what a transfer takes over and may freeze.
+
+    Raises:
+        ValueError: no part is called "head" or "fc".
+    """
+    parts = dict(model.named_children())
+    if not {"head", "fc"} & parts.keys():
+        raise ValueError(f"{type(model).__name__} has no part called head or fc, so no backbone before it")
+    return {name: part for name, part in parts.items() if name not in ("head", "fc")}

@@ -63,7 +63,12 @@ def create_model(name: str, num_classes: int = 100, **options: Any) -> nn.Module
 
 
 def _check_kind(name: str, option: str, value: Any, default: Any) -> None:
-    """A value must be of the default's kind: true or false, a whole number, a number, a text, or a list of them."""
+    """A value must be of the default's kind: true or false, a whole number, a number, a text, or a list of them.
+
+    Where the default is None the model checks for itself.
+    """
+    if default is None:
+        return
     kinds = {bool: bool, int: int, float: (int, float), str: str, tuple: (list, tuple)}
     fits = isinstance(value, kinds[type(default)]) and isinstance(value, bool) == isinstance(default, bool)
     if not fits:

@@ -65,7 +65,8 @@ class _Fused(torch.autograd.Function):
         z = operator(prefix, "normalise")(x, residual, weight, bias, statistics, *act)
         ctx.save_for_backward(x, residual, weight, bias, statistics, count)
         ctx.settings = act, training, process_group, prefix
-        return z
+        # A view made in here could not be changed in place by those who get it.
+        return z.detach()
 
     @staticmethod
     @once_differentiable

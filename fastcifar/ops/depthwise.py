@@ -141,7 +141,8 @@ class _Fused(torch.autograd.Function):
         z = torch.ops.fastcifar.depthwise_apply(x, weight, bn_weight, bn_bias, statistics, *sizes, *act)
         ctx.save_for_backward(x, weight, bn_weight, bn_bias, statistics, count)
         ctx.settings = sizes, act, training, process_group
-        return z
+        # A view made in here could not be changed in place by those who get it.
+        return z.detach()
 
     @staticmethod
     @once_differentiable
@@ -175,7 +176,8 @@ class _FusedStored(torch.autograd.Function):
         z = torch.ops.fastcifar.batch_norm_normalise(y, None, bn_weight, bn_bias, statistics, *act)
         ctx.save_for_backward(x, weight, bn_weight, bn_bias, y, statistics, count)
         ctx.settings = sizes, act, process_group
-        return z
+        # A view made in here could not be changed in place by those who get it.
+        return z.detach()
 
     @staticmethod
     @once_differentiable

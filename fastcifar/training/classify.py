@@ -9,51 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastcifar import data, models
+from fastcifar import data
 from fastcifar.profiling import annotate
-from fastcifar.training import distributed, environment, evaluation, schedule
+from fastcifar.training import distributed, environment, evaluation, schedule, transfer
+from fastcifar.training.answers import Answers
 from fastcifar.training.capture import Feed, build_graph
 from fastcifar.training.checkpoint import Checkpoint, CheckpointError
+from fastcifar.training.distil import Teacher, distillation_loss
 from fastcifar.training.ema import WeightAverage
-from fastcifar.training.optimisers import GuardedStep, build_optimiser
+from fastcifar.training.networks import build_model
+from fastcifar.training.optimisers import GuardedStep, begin_momentum, build_optimiser
 from fastcifar.training.options import Recipe
+from fastcifar.training.robustness import AdversarialTraining
 from fastcifar.training.state import by_part, load_optimiser, optimiser_tensors
-
-
-def build_model(recipe: Recipe, dataset: data.ImageDataset) -> nn.Module:
-    """The recipe's network with the weights of its seed, on the CPU.
-
-    Raises:
-        ValueError: an unknown model, option or implementation.
-    """
-    torch.manual_seed(recipe.seed)
-    model = models.create_model(recipe.model, num_classes=dataset.num_classes, **recipe.model_options)
-    for module in model.modules():
-        if hasattr(module, "impl"):
-            module.impl = recipe.impl
-    return model
-
-
-def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Puts a checkpoint's network (its averaged weights, where it has them) into the model.
-
-    Raises:
-        CheckpointError: it belongs to another network; the message names the first difference.
-    """
-    tensors = {name.removeprefix("ema."): t for name, t in checkpoint.tensors.items() if name.startswith("ema.")}
-    if not tensors:
-        tensors = {n.removeprefix("model."): t for n, t in checkpoint.tensors.items() if n.startswith("model.")}
-    expected = model.state_dict()
-    for name in sorted({*expected, *tensors}):
-        if name not in tensors or name not in expected:
-            where = "the checkpoint lacks" if name not in tensors else "the network has no"
-            raise CheckpointError(f"{checkpoint.path} holds another network: {where} {name!r}; check --model")
-        if expected[name].shape != tensors[name].shape:
-            raise CheckpointError(
-                f"{checkpoint.path} holds another network: {name!r} has shape {tuple(tensors[name].shape)} there and "
-                f"{tuple(expected[name].shape)} here; check --model, its options and the data set's classes"
-            )
-    model.load_state_dict(tensors)
 
 
 class Classification:
@@ -88,17 +56,47 @@ class Classification:
         self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.seen = 0
         self._has_dropout = any(isinstance(m, nn.modules.dropout._DropoutNd) for m in self.model.modules())
-        self._forward: Any = self.model
+        self.phases, self._frozen = transfer.phases(recipe.phases, recipe.steps), False
         self._unshared: list[torch.Tensor] = []
         if processes.world_size > 1:
             self._unshared = distributed.share_statistics(self.model, synchronise=recipe.sync_bn)
-            self._forward = distributed.data_parallel(self.model)
-        if recipe.compile:
-            self._forward = torch.compile(self._forward)
+        self._forward = self._wrapped()
         self.loader = self._build_loader()
+        self.teacher, self.answers = self._build_teacher()
+        self.attack = None
+        if recipe.adversarial != "off":
+            self.attack = AdversarialTraining(recipe, dataset, device, self.amp_dtype)
         # On a GPU always static: a captured step then equals the same step as it is.
         self.feed = Feed(device, static=device.type == "cuda")
         self.graph, self.graph_notice = build_graph(self.compute, device, recipe, self.amp_dtype, processes.world_size)
+
+    def _build_teacher(self) -> tuple[Teacher | None, Answers | None]:
+        recipe = self.recipe
+        if not recipe.teacher or recipe.eval_only:
+            return None, None
+        teacher = Teacher(recipe.teacher, self.dataset, self.device, self.amp_dtype, recipe.impl)
+        if not recipe.kd_cache:
+            return teacher, None
+        if self.processes.world_size > 1:
+            raise ValueError(f"--kd-cache is for one process, there are {self.processes.world_size}; drop it")
+        return teacher, Answers(teacher, self.loader, self.dataset, self.device)
+
+    def _wrapped(self) -> Any:
+        """The network as a step calls it; anew when what is trained changes, as both wrappers rest on that."""
+        forward: Any = self.model
+        if self.processes.world_size > 1:
+            forward = distributed.data_parallel(self.model)
+        return torch.compile(forward) if self.recipe.compile else forward
+
+    def _enter_phase(self, step: int) -> None:
+        frozen = transfer.phase_at(self.phases, step).frozen
+        if frozen == self._frozen:
+            return
+        transfer.freeze(self.model, frozen)
+        begin_momentum(self.optimiser)
+        self._frozen, self._forward = frozen, self._wrapped()
+        if self.graph is not None:
+            self.graph.reset()
 
     def _build_loader(self) -> data.ResidentLoader:
         recipe, dataset = self.recipe, self.dataset
@@ -145,7 +143,8 @@ class Classification:
     def learning_rate(self, step: int) -> float:
         """That of a 0-based step."""
         recipe = self.recipe
-        return recipe.lr * self.rate_factor * schedule.factor(recipe.sched, step, recipe.steps, recipe.warmup_steps)
+        factor = self.rate_factor * transfer.phase_at(self.phases, step).factor
+        return recipe.lr * factor * schedule.factor(recipe.sched, step, recipe.steps, recipe.warmup_steps)
 
     def train_step(self, step: int) -> None:
         """Trains on the global batch of this 0-based step."""
@@ -156,14 +155,20 @@ class Classification:
 
     def place(self, step: int) -> None:
         """Puts what the step takes from the host where `compute` reads it."""
+        self._enter_phase(step)
         self.feed.put_all("plan", self.loader.plan(step))
+        if self.answers is not None:
+            self.feed.put("answers", self.answers.of_step(step))
         self.feed.number("step", step)
         self.feed.number("rate", self.learning_rate(step))
         if self.ema is not None:
             self.feed.number("share", self.ema.share(step))
         if self._has_dropout:
             torch.manual_seed((self.recipe.seed * 1_000_003 + step) * 4_096 + self.processes.rank)
-        self.seen += self.recipe.batch_size // self.processes.world_size
+        share = self.recipe.batch_size // self.processes.world_size
+        if self.attack is not None:
+            self.feed.put("start", self.attack.start(step, share, self.processes.rank))
+        self.seen += share
 
     def compute(self) -> None:
         """The step's work on the device."""
@@ -172,10 +177,21 @@ class Classification:
             batch = self.loader.render(feed.take("plan", data.Plan))
         labels = batch.labels
         amp = self.amp_dtype != torch.float32
+        images, changed = batch.images, None
+        if self.attack is not None:
+            with annotate("attack"):
+                images, changed = self.attack.images(self.model, images, labels, feed["start"])
         with annotate("forward"), torch.autocast(self.device.type, self.amp_dtype, enabled=amp, cache_enabled=True):
-            logits = self._forward(batch.images)
+            logits = self._forward(images)
+            changed = None if changed is None else self._forward(changed)
         with annotate("loss"):
             loss = self._loss(logits.float(), batch)
+            if self.teacher is not None:
+                wanted = self.teacher.logits(batch.images) if self.answers is None else feed["answers"].float()
+                learned = distillation_loss(logits.float(), wanted, self.recipe.kd_temperature)
+                loss = torch.lerp(loss, learned, self.recipe.kd_weight)
+            if changed is not None:
+                loss = loss + self.attack.penalty(logits, changed)
         self.update(loss, feed["step"], feed["rate"])
         self.processes.average(self._unshared)
         if self.ema is not None:
@@ -262,7 +278,17 @@ class Classification:
             tensors[f"progress.{name}"] = self.processes.gather(own)
         tensors |= {"progress.bad_steps": self.update.bad_steps, "progress.first_bad": self.update.first_bad}
         scaler = self.update.scaler.state_dict() if self.update.scaler else None
-        return tensors, {"seen": self.seen, "scaler": scaler}
+        notes = {"seen": self.seen, "scaler": scaler}
+        return tensors, notes if self.teacher is None else notes | {"teacher_sha256": self.teacher.digest}
+
+    def _check_teacher(self, checkpoint: Checkpoint) -> None:
+        """The path may change, the teacher may not."""
+        before, now = checkpoint.state.get("teacher_sha256"), self.teacher.digest if self.teacher else None
+        if before != now and not self.recipe.eval_only:
+            raise CheckpointError(
+                f"{checkpoint.path} had a teacher of SHA-256 {str(before)[:12]}, --teacher {self.recipe.teacher} has "
+                f"{str(now)[:12]}; pass the same one"
+            )
 
     def load_state(self, checkpoint: Checkpoint) -> None:
         """Takes over everything of a checkpoint of the same recipe.
@@ -275,6 +301,7 @@ class Classification:
         missing = sorted(name for name in expected if name not in tensors)
         if missing:
             raise CheckpointError(f"{checkpoint.path} lacks {missing[0]!r}; it is of another recipe")
+        self._check_teacher(checkpoint)
         parts = by_part(tensors)
         self.model.load_state_dict(parts["model"])
         self.update.keep_buffers()

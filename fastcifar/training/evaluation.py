@@ -55,9 +55,9 @@ def evaluate(
 ) -> Evaluation:
     """Runs the model, in eval mode, over (images [n, 3, H, W], labels [n]) batches.
 
-    The network computes in `amp_dtype`, the loss in float32. The model's mode is put back afterwards.
+    The network computes in `amp_dtype`, the loss in float32. Its modules' modes are put back afterwards.
     """
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     loss = torch.zeros((), dtype=torch.float64, device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
@@ -70,7 +70,8 @@ def evaluate(
         predicted = logits.argmax(1)
         correct += (predicted == labels).sum()
         predictions.append(predicted)
-    model.train(was_training)
+    for module, mode in modes:
+        module.training = mode
     count = sum(len(p) for p in predictions)
     everything = torch.cat(predictions).cpu() if predictions else torch.empty(0, dtype=torch.int64)
     return Evaluation(loss.item() / max(count, 1), 100.0 * correct.item() / max(count, 1), everything)

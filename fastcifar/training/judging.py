@@ -12,7 +12,7 @@ from fastcifar import data, metrics, models
 from fastcifar.data.download import cache_folder
 from fastcifar.training import checkpoint as checkpoints
 from fastcifar.training import sampling
-from fastcifar.training.classify import load_weights
+from fastcifar.training.networks import trained_classifier
 
 # A set of real images of the usual size; with fewer samples the distances are biased upwards.
 _USUAL = 10_000
@@ -141,14 +141,7 @@ def classifier_features(path: str, dataset: data.ImageDataset, device: torch.dev
     Raises:
         ValueError: there is none, it is a GAN's, or of another number of classes.
     """
-    saved = checkpoints.find(path, notify=lambda text: None)
-    config = saved.config
-    if config["model"] in models.list_models(gan=True):
-        raise ValueError(f"{saved.path} holds the GAN {config['model']}; --classifier needs a classifier's run")
-    network = models.create_model(config["model"], num_classes=dataset.num_classes, **config["model_options"])
-    load_weights(network, saved)
-    tensors = {f"model.{name}": tensor for name, tensor in network.state_dict().items()}
-    digest = checkpoints.state_sha256(tensors)
+    network, name, digest = trained_classifier("--classifier", path, dataset)
     return metrics.ClassifierFeatures(
-        network.to(device), dataset.mean, dataset.std, name=f"classifier {config['model']}", digest=digest
+        network.to(device), dataset.mean, dataset.std, name=f"classifier {name}", digest=digest
     )

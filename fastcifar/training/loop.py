@@ -236,11 +236,17 @@ class Loop:
         self.step, self._since, self._bad = good.step, (good.step, self.seconds), int(self.task.bad_steps)
         self._set_rollbacks(self.rollbacks + 1)
         if self.folder is not None:
-            self.folder.rewind(self.step)
+            self._rewind(self.folder)
         self.progress.message(
             f"WARNING: {found}: back to step {self.step}, learning rate × {self.task.rate_factor:g} from here "
             f"({self.rollbacks} of {ROLLBACKS} times)"
         )
+
+    def _rewind(self, folder: RunFolder) -> None:
+        try:
+            folder.rewind(self.step)
+        except OSError as error:
+            folder.problem = str(error)
 
     def _set_rollbacks(self, count: int) -> None:
         self.rollbacks, self.task.rate_factor = count, 0.5**count

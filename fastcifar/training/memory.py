@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import re
 
 import torch
@@ -14,7 +15,11 @@ from fastcifar.training.classify import Classification
 from fastcifar.training.distributed import Processes
 from fastcifar.training.options import Recipe
 
-_MESSAGES = re.compile(r"out of memory|not enough memory|can't allocate|cannot allocate|ALLOC_FAILED|bad_alloc", re.I)
+# The last is oneDNN's, whose layers need scratch memory.
+_MESSAGES = re.compile(
+    r"(out of|not enough) memory|(can't|cannot) allocate|ALLOC_FAILED|bad_alloc|could not create a primitive",
+    re.IGNORECASE,
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -31,6 +36,7 @@ def fitting_batch_size(task: Classification | Adversarial) -> int | None:
     """
     size = task.recipe.batch_size // 2
     while size:
+        gc.collect()
         if task.device.type == "cuda":
             torch.cuda.empty_cache()
         if _fits(type(task), dataclasses.replace(task.recipe, batch_size=size), task.dataset, task.device):
@@ -67,5 +73,5 @@ def describe(task: Classification | Adversarial, step: int, reason: str) -> str:
         return f"{head}; use more processes, or --batch-size {task.recipe.batch_size // 2} and a new --output"
     size = fitting_batch_size(task)
     if size is None:
-        return f"{head}; not even --batch-size 1 fits: use a smaller network or another --device"
+        return f"{head}; no half, quarter, … of it fits into what is left: use a smaller network or another --device"
     return f"{head}; --batch-size {size} was tried and fits: start anew with it and another --output"

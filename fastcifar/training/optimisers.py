@@ -26,6 +26,17 @@ def build_optimiser(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     return kind(groups, lr=recipe.lr, betas=(recipe.momentum, recipe.beta2), fused=True, capturable=capturable)
 
 
+def begin_momentum(optimiser: torch.optim.Optimizer) -> None:
+    """Gives SGD's parameters that have not been trained yet their first momentum, zero.
+
+    torch's fused SGD takes no group in which some have one and others do not.
+    """
+    for group in optimiser.param_groups:
+        if isinstance(optimiser, torch.optim.SGD) and group["momentum"]:
+            for parameter in group["params"]:
+                optimiser.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+
+
 class GuardedStep:
     """Backward, unscaling, clipping and the optimiser's step, with no synchronisation between host and device.
 

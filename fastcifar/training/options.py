@@ -25,6 +25,9 @@ def _count(default: int | None, help: str, group: str, low: int = 0) -> Any:
 
 _WHAT, _BUDGET, _OPTIMISER, _DATA, _GAN = "what", "budget", "optimiser", "augmentation", "generation"
 _LOSSES = ("auto", "hinge", "aw_hinge", "bce", "nonsaturating")
+_ROBUST = "adversarial training"
+_PRESETS = ("auto", "seed", "fast", "best", "demo", "xception-transfer", "resnet_cifar10", "cifar10-speed")
+_DISTILLATION = "distillation"
 _SPEED, _LIFE, _LOGS = "speed and repeatability", "life cycle", "logs"
 
 
@@ -40,7 +43,8 @@ class Recipe:
     model_options: dict = field(default_factory=dict)
     dataset: str = _option("auto", "auto, cifar100, cifar10, synthetic, folder:PATH or npz:PATH", _WHAT)
     data_dir: str | None = _option(None, "folder of the CIFAR archives or folders", _WHAT)
-    preset: str = _option("auto", "recipe to start from", _WHAT, choices=("auto", "seed", "fast", "demo"))
+    holdout: int = _count(0, "training images to hold out and test on, in place of the test images", _WHAT)
+    preset: str = _option("auto", "recipe to start from", _WHAT, choices=_PRESETS)
 
     steps: int | None = _count(None, "optimiser steps", _BUDGET, 1)
     epochs: float | None = _number(None, "passes over the training images, instead of --steps", _BUDGET, 1e-9)
@@ -56,6 +60,12 @@ class Recipe:
     )
     warmup_steps: int | None = _count(None, "steps of rising learning rate; default: by preset", _OPTIMISER)
     label_smoothing: float = _number(0.0, "share of the target spread over all classes", _OPTIMISER, 0.0, 0.999999)
+    phases: str | None = _option(
+        None,
+        "parts of the run, LENGTH:FACTOR or LENGTH:FACTOR:frozen with commas between: they share the steps in "
+        "proportion to their lengths, FACTOR multiplies the learning rate, frozen trains the head alone",
+        _OPTIMISER,
+    )
     clip_grad: float = _number(0.0, "largest gradient norm; 0 for no limit", _OPTIMISER, 0.0)
     model_ema_decay: float = _number(0.0, "decay of the averaged weights; 0 for none", _OPTIMISER, 0.0, 0.9999999)
 
@@ -66,6 +76,22 @@ class Recipe:
     cutout: int = _count(0, "side of the square that is cut out, in pixels", _DATA)
     mixup: float = _number(0.0, "alpha of mixup; 0 for none", _DATA, 0.0)
     cutmix: float = _number(0.0, "alpha of cutmix; 0 for none", _DATA, 0.0)
+
+    adversarial: str = _option("off", "train on adversarial images", _ROBUST, choices=("off", "pgd", "trades"))
+    adversarial_eps: float = _number(8 / 255, "largest change of a pixel in [0, 1]", _ROBUST, 0.0, 1.0)
+    adversarial_step_size: float = _number(2 / 255, "change of a pixel in a step of the attack", _ROBUST, 0.0, 1.0)
+    adversarial_steps: int = _count(10, "steps of the attack", _ROBUST, 1)
+    trades_beta: float = _number(6.0, "weight of the divergence that trades adds", _ROBUST, 0.0)
+
+    teacher: str | None = _option(None, "run of a classifier whose answers are learned too", _DISTILLATION)
+    kd_temperature: float = _number(4.0, "both answers are softened by", _DISTILLATION, 1e-9)
+    kd_weight: float = _number(0.9, "share of the teacher's answers in the loss", _DISTILLATION, 0.0, 1.0)
+    kd_cache: bool = _option(
+        False,
+        "keep the teacher's answers to all crops and flips in a file; pays from the second run on",
+        _DISTILLATION,
+        bool,
+    )
 
     unconditional: bool = _option(False, "a GAN that knows no classes", _GAN, bool)
     loss: str = _option("auto", "of a GAN; auto: aw_hinge, bce for dcgan", _GAN, choices=_LOSSES)
@@ -94,6 +120,11 @@ class Recipe:
     output: str | None = _option(None, "run folder; default: runs/ and a name made of the options", _LIFE)
     resume: str | None = _option(None, "auto, or the checkpoint or run folder to go on from", _LIFE)
     init_weights: str | None = _option(None, "checkpoint or run folder to take the first weights from", _LIFE)
+    backbone: str | None = _option(
+        None,
+        "first weights of all but the head: a run, a file of tensors, imagenet (published, for xception) or none",
+        _LIFE,
+    )
     save_every: int = _count(500, "steps between checkpoints; 0 for the last only", _LIFE)
     keep_last: int = _count(2, "checkpoints that are kept", _LIFE, 1)
     eval_every: int | None = _count(None, "steps between evaluations; default: five in a run; 0 for the last", _LIFE)

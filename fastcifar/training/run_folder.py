@@ -59,7 +59,8 @@ class RunFolder:
 
     Args:
         path: the folder, made when missing.
-        step: the step that the run goes on from; rows of later steps, which a killed run left, are dropped.
+        step: the step that the run goes on from; rows of later steps, which a killed run left, are dropped. None:
+            `rewind` will say.
         columns: names that a row may hold.
 
     Raises:
@@ -67,14 +68,15 @@ class RunFolder:
         OSError: it cannot be written.
     """
 
-    def __init__(self, path: pathlib.Path, step: int = 0, columns: tuple[str, ...] = COLUMNS):
+    def __init__(self, path: pathlib.Path, step: int | None = 0, columns: tuple[str, ...] = COLUMNS):
         self.path, self.columns = path, columns
         self.trackers: list[Callable[[dict[str, Any]], None]] = []
         self.problem: str | None = None
         durable.make_folder(path)
         self._claim = _claim(path)
         self.rows = _read_rows(path / "metrics.jsonl", columns)
-        self.rewind(step)
+        if step is not None:
+            self.rewind(step)
 
     def close(self) -> None:
         """Leaves the folder to other processes."""

@@ -1,0 +1,88 @@
+"""Classifiers with the weights of a seed or of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastcifar import data, models
+from fastcifar.training import checkpoint as checkpoints
+from fastcifar.training.checkpoint import Checkpoint, CheckpointError
+from fastcifar.training.options import Recipe
+
+
+def _create(name: str, options: Mapping[str, Any], dataset: data.ImageDataset, impl: str) -> nn.Module:
+    model = models.create_model(name, num_classes=dataset.num_classes, **options)
+    if hasattr(model, "normalised_by"):
+        model.normalised_by(dataset.mean, dataset.std)
+    for module in model.modules():
+        if hasattr(module, "impl"):
+            module.impl = impl
+    return model
+
+
+def build_model(recipe: Recipe, dataset: data.ImageDataset) -> nn.Module:
+    """The recipe's network with the weights of its seed, on the CPU.
+
+    Raises:
+        ValueError: an unknown model, option or implementation.
+    """
+    torch.manual_seed(recipe.seed)
+    return _create(recipe.model, recipe.model_options, dataset, recipe.impl)
+
+
+def network_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint's network: its averaged weights, where it has them."""
+    prefix = "ema." if any(name.startswith("ema.") for name in checkpoint.tensors) else "model."
+    return {n.removeprefix(prefix): t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Puts a checkpoint's network (its averaged weights, where it has them) into the model.
+
+    Raises:
+        CheckpointError: it belongs to another network; the message names the first difference.
+    """
+    tensors, expected = network_of(checkpoint), model.state_dict()
+    for name in sorted({*expected, *tensors}):
+        if name not in tensors or name not in expected:
+            where = "the checkpoint lacks" if name not in tensors else "the network has no"
+            raise CheckpointError(f"{checkpoint.path} holds another network: {where} {name!r}; check --model")
+        if expected[name].shape != tensors[name].shape:
+            raise CheckpointError(
+                f"{checkpoint.path} holds another network: {name!r} has shape {tuple(tensors[name].shape)} there and "
+                f"{tuple(expected[name].shape)} here; check --model, its options and the data set's classes"
+            )
+    model.load_state_dict(tensors)
+
+
+def trained_classifier(
+    option: str, path: str, dataset: data.ImageDataset, impl: str = "auto"
+) -> tuple[nn.Module, str, str]:
+    """The classifier of the run or checkpoint at `path`, which judges or teaches another network of this data set.
+
+    Returns:
+        The network in evaluation mode, without gradients, on the CPU; its name; SHA-256 of its tensors.
+
+    Raises:
+        ValueError: there is none, it is a GAN's, or it knows another number of classes; the message names `option`.
+    """
+    saved = checkpoints.find(path, notify=print)
+    config = saved.config
+    name = config["model"]
+    if name in models.list_models(gan=True):
+        raise ValueError(f"{saved.path} holds the GAN {name}; {option} needs a classifier's run")
+    network = _create(name, config["model_options"], dataset, impl)
+    last = [key for key, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
+    weight = network_of(saved).get(f"{last}.weight")
+    if weight is not None and len(weight) != dataset.num_classes:
+        raise ValueError(
+            f"{option}: {saved.path} knows {len(weight)} classes, {dataset.name} has {dataset.num_classes}; give a "
+            "classifier of the same classes"
+        )
+    load_weights(network, saved)
+    digest = checkpoints.state_sha256({f"model.{key}": tensor for key, tensor in network.state_dict().items()})
+    return network.eval().requires_grad_(False), name, digest
