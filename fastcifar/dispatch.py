@@ -85,12 +85,18 @@ def _native_batch_norm_act() -> Callable:
     return batch_norm_native.batch_norm_act
 
 
+@functools.cache
+def _has_triton() -> bool:
+    # Looking for it takes longer than a small operator.
+    return importlib.util.find_spec("triton") is not None
+
+
 _LOW_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _triton_obstacle(call: Call) -> str | None:
     """What every Triton kernel needs."""
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "Triton is not installed; run `pip install triton`"
     if call.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton runs on CUDA tensors; on the CPU only its interpreter does (TRITON_INTERPRET=1)"

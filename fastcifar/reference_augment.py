@@ -19,10 +19,15 @@ _GREY = (0.2989, 0.587, 0.114)
 _BETA_POINTS = 4097
 
 
-def normalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
+def normalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Scale and shift of each channel that take bytes to normalised values, rounded to float32."""
+    return _normalisation(tuple(mean), tuple(std))
+
+
+@functools.lru_cache(maxsize=64)
+def _normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     scale, shift = ([1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)])
-    return numpy.float32(scale).tolist(), numpy.float32(shift).tolist()
+    return tuple(numpy.float32(scale).tolist()), tuple(numpy.float32(shift).tolist())
 
 
 @functools.lru_cache(maxsize=64)
@@ -58,7 +63,7 @@ def augment(
     batch_size, (height, width) = len(indices), images.shape[1:3]
     positions = torch.arange(first, batch_size if count is None else first + count, device=images.device)
     compute = torch.promote_types(dtype, torch.float32)
-    scale, shift = (_constants(tuple(numbers), compute, images.device) for numbers in normalisation(mean, std))
+    scale, shift = (_constants(numbers, compute, images.device) for numbers in normalisation(mean, std))
 
     def render(where: torch.Tensor) -> torch.Tensor:
         """[n, H, W, 3] of the images at these positions, before mixing."""

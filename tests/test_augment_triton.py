@@ -17,15 +17,19 @@ OPTIONS = pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
 FUSED = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @OPTIONS
-def test_equals_the_reference(options, dtype):
-    hold("triton", options, dtype, exact=FUSED)
+def test_equals_the_reference(options):
+    hold("triton", options, exact=FUSED, count=6)
 
 
-@OPTIONS
-def test_equals_the_oracle(options):
-    hold_to_the_oracle("triton", options)
+@pytest.mark.parametrize("name", ["strong jitter", "mixup, all", "cutmix, all"])
+def test_half_precision(name):
+    hold("triton", CASES[name], torch.float16, exact=FUSED, count=4)
+
+
+@pytest.mark.parametrize("name", ["strong jitter", "mixup, all", "cutmix, all"])
+def test_equals_the_oracle(name):
+    hold_to_the_oracle("triton", CASES[name])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 64), (33, 17), (32, 32), (3, 100)], ids=str)
@@ -37,7 +41,7 @@ def test_sizes(size):
 
 @settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(
-    height=st.integers(1, 20), width=st.integers(1, 20), pad=st.integers(0, 9), reflect=st.booleans(),
+    height=st.integers(1, 14), width=st.integers(1, 14), pad=st.integers(0, 9), reflect=st.booleans(),
     flip=st.sampled_from(["off", "random", "given"]), jitter=st.sampled_from([0.0, 0.1, 1.0]),
     cutout=st.integers(0, 12), mixing=st.sampled_from([{}, {"mixup": 0.2}, {"cutmix": 1.0}]),
     step=st.integers(0, 2**63 - 1), seed=st.integers(0, 2**63 - 1),

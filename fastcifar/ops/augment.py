@@ -35,7 +35,7 @@ def _native(
     indices, flips = indices.contiguous(), None if flips is None else flips.contiguous()
     table = beta_table(mixup or cutmix) if mixup or cutmix else None
     step = step if device_step is None else device_step.item()
-    scale, shift = (tuple(numbers) for numbers in normalisation(mean, std))
+    scale, shift = normalisation(mean, std)
     native.module().augment(
         (images.data_ptr(), *images.shape[:3]),
         (indices.data_ptr(), 0 if flips is None else flips.data_ptr(), len(indices), first, count),
