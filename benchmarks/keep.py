@@ -1,6 +1,7 @@
-"""`python -m benchmarks.keep RUN NAME`: stores a training run's result among the measurements.
+"""`python -m benchmarks.keep RUN [NAME]`: stores a training run's result among the measurements.
 
-Merges result.json, config.yaml's options and env.json of a run folder into results/NAME.json.
+Merges result.json, env.json and config.yaml of a run folder into results/NAME.json; NAME is made of the run's model,
+preset, steps and seed if not given.
 """
 
 from __future__ import annotations
@@ -9,21 +10,37 @@ import datetime
 import json
 import pathlib
 import sys
+from typing import Any
 
 from benchmarks import reporting
+from fastcifar.training import recipe
 
 
-def main(run: str, name: str) -> None:
-    """Stores the run of that folder under that name."""
-    folder = pathlib.Path(run)
-    content = {key: json.loads((folder / f"{key}.json").read_text()) for key in ("result", "env")}
-    finished = datetime.datetime.fromtimestamp((folder / "result.json").stat().st_mtime)
-    content["date"] = finished.strftime("%Y-%m-%d")
-    # Where things lay on this machine tells nobody anything.
-    command = content["env"].get("command", [])
-    content["env"]["command"] = [pathlib.Path(word).name if word.startswith("/") else word for word in command]
+def content(folder: pathlib.Path) -> dict[str, Any]:
+    """What is stored of a finished run."""
+    found = {key: json.loads((folder / f"{key}.json").read_text()) for key in ("result", "env")}
+    config = recipe.read_config(str(folder / "config.yaml"))
+    found["config"] = {key: _name(value) for key, value in config.items()}
+    found["date"] = datetime.datetime.fromtimestamp((folder / "result.json").stat().st_mtime).strftime("%Y-%m-%d")
+    found["env"]["command"] = [_name(word) for word in found["env"].get("command", [])]
+    return found
+
+
+def _name(word: Any) -> Any:
+    """A path by its last part (and npz:/… alike): where things lay on one machine tells nobody anything."""
+    if not isinstance(word, str) or "/" not in word:
+        return word
+    kind, colon, path = word.rpartition(":")
+    return f"{kind}{colon}{pathlib.Path(path).name}" if path.startswith("/") else word
+
+
+def main(run: str, name: str | None = None) -> None:
+    """Stores the run of that folder, under that name."""
+    found = content(pathlib.Path(run))
+    result = found["result"]
+    name = name or f"run-{result['model']}-{result['preset']}-{result['steps']}-seed{result['seed']}"
     path = reporting.RESULTS / f"{name}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps(found, indent=1) + "\n")
     print(path)
 
 

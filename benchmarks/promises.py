@@ -1,4 +1,4 @@
-"""`python -m benchmarks.promises`: runs the test of every promise and stores what it found, for the README's table.
+"""`python -m benchmarks.promises`: runs the test of every promise and stores what it found.
 
 Figures come from the tests themselves, by pytest's `record_property`, and from `python -m benchmarks.kills`.
 """
@@ -123,6 +123,15 @@ PROMISES = (
         ("test_formats.py", "test_architecture.py::test_importing_takes_only_what_it_needs"),
         "{tests} cases, formats 1 to {format}",
     ),
+    Promise(
+        "An exported program (ONNX, torch.export) computes what the network does, or is refused",
+        (
+            "test_export.py::test_a_classifier",
+            "test_export.py::test_a_generator",
+            "test_export.py::test_a_program_that_differs_is_refused",
+        ),
+        "{tests} cases, {inputs} inputs",
+    ),
 )
 
 
@@ -176,7 +185,7 @@ def figures(row: Mapping[str, Any], kills: Mapping[str, Any], cases: Mapping[str
 
 
 def rows() -> list[dict[str, str]]:
-    """The README's table, from the stored results."""
+    """The table, from the stored results."""
     found, kills = (json.loads((reporting.RESULTS / f"{name}.json").read_text()) for name in ("promises", "kills"))
     lines = []
     for promise, row in zip(PROMISES, found["rows"], strict=True):

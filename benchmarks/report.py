@@ -15,12 +15,7 @@ from collections.abc import Sequence
 from benchmarks import device_tables, reporting, scaling_tables, tables
 
 ROOT = reporting.RESULTS.parent.parent
-DOCUMENTS = (
-    ROOT / "README.md",
-    ROOT / "kernels" / "README.md",
-    ROOT / "docs" / "performance.md",
-    ROOT / "docs" / "scaling.md",
-)
+DOCUMENTS = (ROOT / "README.md", ROOT / "kernels" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 IMAGES = ROOT / "docs" / "images"
 PLACE = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TABLES = {**tables.TABLES, **device_tables.TABLES, **scaling_tables.TABLES}

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import promises, reporting, static, traffic
+from benchmarks import promises, reporting, static, systems, traffic
 
 
 def stored(name: str) -> dict[str, Any]:
@@ -24,6 +24,8 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
 def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
     return "–" if value is None else str(value)
 
 
@@ -42,7 +44,8 @@ def origin(facts: Mapping[str, Any], name: str) -> str:
 
 def device(facts: Mapping[str, Any]) -> str:
     """The measured device of these circumstances."""
-    return facts.get("gpu") or f"{facts['threads']} cores of {facts['processor']}, {facts['instructions']}"
+    cores = f"{facts['threads']} core{'s' if facts['threads'] > 1 else ''}"
+    return facts.get("gpu") or f"{cores} of {facts['processor']}, {facts['instructions']}"
 
 
 def static_table() -> str:
@@ -74,39 +77,18 @@ def launches_table() -> str:
     return f"{markdown(traffic.launch_table(result))}\n{result['operator']} {label}, the same file.\n"
 
 
-def demo_table() -> str:
-    """Short trainings on real CIFAR-100."""
-    rows = []
-    for path in sorted(reporting.RESULTS.glob("demo-*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))["result"]
-        rows.append(
-            {
-                "network": f"`{result['model']}`",
-                "parameters": f"{result['parameters']:,}",
-                "training": f"{result['seconds']:.0f} s",
-                "test accuracy": f"{result['test_accuracy']:.1f} %",
-                "with mirrored and shifted copies": f"{result['test_accuracy_tta']:.1f} %",
-            }
-        )
-    return markdown(rows)
-
-
-def runs_table() -> str:
-    """Longer trainings."""
-    rows = []
-    for path in sorted(reporting.RESULTS.glob("fast*-*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))["result"]
-        rows.append(
-            {
-                "network": f"`{result['model']}`",
-                "steps": f"{result['steps']:,} × {result['batch_size']}",
-                "training": f"{result['seconds']:.0f} s",
-                "train accuracy": f"{result['train_accuracy']:.1f} %",
-                "test accuracy": f"{result['test_accuracy']:.1f} %",
-                "with mirrored and shifted copies": f"{result['test_accuracy_tta']:.1f} %",
-            }
-        )
-    return markdown(rows)
+def systems_table() -> str:
+    """Trainings of the published classifiers on real images."""
+    measured = systems.runs()
+    on = sorted({f"{r['env']['hardware']['cpus']} cores of {r['env']['hardware']['processor']}" for r in measured})
+    versions = sorted({r["env"]["versions"]["torch"] for r in measured})
+    dates = sorted({r["date"] for r in measured})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return (
+        f"{markdown(systems.rows())}\nReal images, weights of the last step, {', '.join(on)}, torch "
+        f"{', '.join(versions)}, {when}: `benchmarks/results/run-MODEL-PRESET-STEPS-seedN.json`, each with its "
+        "command and all options.\n"
+    )
 
 
 def gan_table() -> str:
@@ -200,7 +182,17 @@ def compress_table() -> str:
 
 def robustness_table() -> str:
     """Accuracy under attack."""
-    return markdown(stored("robustness")["rows"]) + source("robustness")
+    rows = [
+        {
+            "network": f"`{row['network']}`",
+            "trained": row["trained"],
+            "steps": f"{row['steps']}{', after the first row' if row['from other weights'] else ''}",
+            "test accuracy": f"{row['accuracy, %']:.1f} %",
+            **{key.removesuffix(", %"): f"{row[key]:.1f} %" for key in row if key.startswith("under PGD-20")},
+        }
+        for row in stored("robustness")["rows"]
+    ]
+    return markdown(rows) + source("robustness")
 
 
 TABLES = {
@@ -212,9 +204,8 @@ TABLES = {
     "first-steps": first_steps_table,
     "passes": passes_table,
     "gan": gan_table,
-    "runs": runs_table,
     "static": static_table,
     "traffic": traffic_table,
     "launches": launches_table,
-    "demo": demo_table,
+    "systems": systems_table,
 }

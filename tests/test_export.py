@@ -39,11 +39,12 @@ def exported(*arguments):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_classifier(runs, tmp_path, capsys, kind):
+def test_a_classifier(runs, tmp_path, capsys, record_property, kind):
     path = tmp_path / f"network{programs.FORMATS[kind]}"
     assert exported("--checkpoint", runs / "classifier", "--format", kind, "--output", path) == 0
     result = result_of(capsys)
     assert result["check"]["inputs"] == result["check"]["equal_predictions"] == 40
+    record_property("inputs", result["check"]["inputs"])
     assert 0 < result["check"]["max_abs_difference"] < 1e-4 * result["check"]["largest_output"]
     stored = json.loads(path.with_name(f"{path.name}.json").read_text())
     assert stored["class_names"] == [f"class {i}" for i in range(5)] and stored["bytes"] == path.stat().st_size
@@ -59,11 +60,12 @@ def test_a_classifier(runs, tmp_path, capsys, kind):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_generator(runs, tmp_path, capsys, kind):
+def test_a_generator(runs, tmp_path, capsys, record_property, kind):
     path = tmp_path / f"generator{programs.FORMATS[kind]}"
     assert exported("--checkpoint", runs / "gan", "--format", kind, "--output", path) == 0
     result = result_of(capsys)
     assert result["check"]["inputs"] == 1000 and "labels int64" in result["input"]
+    record_property("inputs", result["check"]["inputs"])
     images = programs.read(path, kind)(torch.randn(3, 128), torch.tensor([0, 4, 2]))
     assert images.shape == (3, 3, 32, 32) and images.abs().max() <= 1
 

@@ -90,8 +90,8 @@ class Lpips:
         path = pathlib.Path(weights) if weights is not None else cache_folder() / FILE
         if not path.is_file():
             raise DataError(
-                f"LPIPS needs its weights, and there is no file {path}; put them there or give their path (the README "
-                "says how to make the file)"
+                f"LPIPS needs its weights, and there is no file {path}; put them there or give their path "
+                "(docs/gans.md of the sources says how to make the file)"
             )
         content = path.read_bytes()
         self.device, self.digest = torch.device(device), hashlib.sha256(content).hexdigest()
