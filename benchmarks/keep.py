@@ -1,7 +1,7 @@
-"""`python -m benchmarks.keep RUN [NAME]`: stores a training run's result among the measurements.
+"""`python -m benchmarks.keep FOLDER [NAME]`: stores the result of a training run or of a search.
 
-Merges result.json, env.json and config.yaml of a run folder into results/NAME.json; NAME is made of the run's model,
-preset, steps and seed if not given.
+Merges result.json, env.json and config.yaml of the folder into results/NAME.json; NAME is made of the run's model,
+preset, steps and seed, or of the search's name, if not given.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from fastcifar.training import recipe
 
 
 def content(folder: pathlib.Path) -> dict[str, Any]:
-    """What is stored of a finished run."""
+    """What is stored of a finished run or search."""
     found = {key: json.loads((folder / f"{key}.json").read_text()) for key in ("result", "env")}
-    config = recipe.read_config(str(folder / "config.yaml"))
-    found["config"] = {key: _name(value) for key, value in config.items()}
+    if (folder / "config.yaml").exists():
+        config = recipe.read_config(str(folder / "config.yaml"))
+        found["config"] = {key: _name(value) for key, value in config.items()}
     found["date"] = datetime.datetime.fromtimestamp((folder / "result.json").stat().st_mtime).strftime("%Y-%m-%d")
     found["env"]["command"] = [_name(word) for word in found["env"].get("command", [])]
     return found
@@ -34,10 +35,12 @@ def _name(word: Any) -> Any:
     return f"{kind}{colon}{pathlib.Path(path).name}" if path.startswith("/") else word
 
 
-def main(run: str, name: str | None = None) -> None:
-    """Stores the run of that folder, under that name."""
-    found = content(pathlib.Path(run))
+def main(folder: str, name: str | None = None) -> None:
+    """Stores what is in that folder, under that name."""
+    found = content(pathlib.Path(folder))
     result = found["result"]
+    if name is None and "study" in result:
+        name = f"search-{result['study']}"
     name = name or f"run-{result['model']}-{result['preset']}-{result['steps']}-seed{result['seed']}"
     path = reporting.RESULTS / f"{name}.json"
     path.write_text(json.dumps(found, indent=1) + "\n")

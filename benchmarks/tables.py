@@ -91,6 +91,30 @@ def systems_table() -> str:
     )
 
 
+def searches_table() -> str:
+    """Searches for recipes: their trials, best first."""
+    parts = []
+    for path in sorted(reporting.RESULTS.glob("search-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        result, env = found["result"], found["env"]
+        rows = [
+            {
+                **{name: trial[name] for name in result["best"]},
+                "accuracy": f"{trial['accuracy']:.1f} %{', pruned' if trial['pruned'] else ''}",
+                "steps": trial["steps"],
+            }
+            for trial in result["trials"]
+            if trial["accuracy"] is not None
+        ]
+        command = " ".join(env["command"])
+        parts.append(
+            f"{markdown(rows)}\n`{result['model']}`, {result['holdout']:,} images held out of {result['dataset']}: "
+            f"`{command}`, {found['date']}, torch {env['versions']['torch']}, {env['hardware']['cpus']} cores of "
+            f"{env['hardware']['processor']}: `benchmarks/results/{path.name}`.\n"
+        )
+    return "\n".join(parts) or "Not measured yet.\n"
+
+
 def gan_table() -> str:
     """GANs trained on two cores."""
     rows = []
@@ -208,4 +232,5 @@ TABLES = {
     "traffic": traffic_table,
     "launches": launches_table,
     "systems": systems_table,
+    "searches": searches_table,
 }

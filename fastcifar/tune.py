@@ -89,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
     base = recipe.resolve(recipe_flags.given(parsed), config, has_gpu=torch.cuda.is_available())
     space = _check(parsed, base)
     device = environment.choose_device(base.device)
-    environment.prepare_process(device, deterministic=base.deterministic)
+    settings = environment.prepare_process(device, deterministic=base.deterministic)
     dataset = data.load_dataset(base.dataset, base.data_dir)
     base = dataclasses.replace(base, holdout=base.holdout or max(1, len(dataset.train_labels) // _SHARE))
     dataset = data.hold_out(dataset, base.holdout)
@@ -114,10 +114,15 @@ def main(arguments: Sequence[str]) -> int:
         return 128 + (stopped.signal or signal.SIGTERM)
     except loop.OutOfMemory as failure:
         raise MemoryError(str(failure)) from failure
-    return _report(tuning, name, storage, budget.steps, dataset)
+    place = storage.parent / name
+    place.mkdir(parents=True, exist_ok=True)
+    run_folder.write_json(place / "env.json", environment.describe(device, settings, "fastcifar.tune"))
+    _report(tuning, name, place, budget.steps, dataset)
+    return 0
 
 
-def _report(tuning: search.Search, name: str, storage: pathlib.Path, steps: int, dataset: data.ImageDataset) -> int:
+def _report(tuning: search.Search, name: str, place: pathlib.Path, steps: int, dataset: data.ImageDataset) -> None:
+    """Prints the trials and keeps them, and the best options, in the study's folder."""
     base = tuning.base
     rows, names = tuning.rows(), [part.name for part in tuning.space]
     _show(rows, names)
@@ -125,18 +130,15 @@ def _report(tuning: search.Search, name: str, storage: pathlib.Path, steps: int,
     values = {option: best[option] for option in names}
     chosen = dataclasses.asdict(base) | values | {"holdout": 0}
     result = {
-        "study": name, "storage": str(storage), "model": base.model, "dataset": dataset.name, "steps": steps,
-        "batch_size": base.batch_size, "finished": len(rows), "best_trial": best["trial"],
+        "study": name, "model": base.model, "dataset": dataset.name, "preset": base.preset, "steps": steps,
+        "batch_size": base.batch_size, "holdout": base.holdout, "finished": len(rows), "best_trial": best["trial"],
         "best_accuracy": best["accuracy"], "best": values, "trials": rows,
     }  # fmt: skip
-    place = storage.parent / name
-    place.mkdir(parents=True, exist_ok=True)
     run_folder.write_json(place / "result.json", result)
     lines = [f"{key}: {json.dumps(value)}\n" for key, value in chosen.items() if value is not None]
     (place / "best.yaml").write_text("".join(lines))
     print(f"best: {search.describe(values)}; for the whole training set: --config {place / 'best.yaml'}")
     print(json.dumps({key: value for key, value in result.items() if key != "trials"}), flush=True)
-    return 0
 
 
 if __name__ == "__main__":

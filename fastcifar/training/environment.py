@@ -94,8 +94,8 @@ def memory_mib(device: torch.device) -> int:
     return round(peak / 2**20 if sys.platform == "darwin" else peak / 2**10)
 
 
-def describe(device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:
-    """Versions, hardware, settings and choices, as `env.json` holds them."""
+def describe(device: torch.device, settings: dict[str, Any], program: str = "fastcifar.train") -> dict[str, Any]:
+    """Versions, hardware, settings, choices and the command of a program, as `env.json` holds them."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "fastcifar": fastcifar.__version__}
     for package in ("triton", "numpy", "safetensors"):
         try:
@@ -113,5 +113,5 @@ def describe(device: torch.device, settings: dict[str, Any]) -> dict[str, Any]:
         "settings": settings,
         "native_module": native.why_not() or native.build_info(),
         "implementations": dispatch.explain().splitlines(),
-        "command": ["python", "-m", "fastcifar.train", *sys.argv[1:]],
+        "command": ["python", "-m", program, *sys.argv[1:]],
     }
