@@ -127,7 +127,11 @@ def step_table(rows: Rows, loader: Rows, start: Rows) -> str:
     step = next(row["ms"] for row in rows if row["what"] == "ours" and row["model"] == "ds_resnet")
     share = 100 * next(row["ms"] for row in loader if row["what"] == "loader") / step
     seconds = start[0]["start to first step, s"]
-    text = f"bfloat16. The loader takes {share:.1f} % of ds_resnet's step; start to first step {seconds:.1f} s."
+    text = (
+        "bfloat16. Eager is the same network in plain PyTorch, channels-last; contiguous the same in NCHW. "
+        '"With loader" is the trainer\'s own step, whose images come in bfloat16; the others cast float32 images.\n'
+        f"The loader takes {share:.1f} % of ds_resnet's step; start to first step {seconds:.1f} s."
+    )
     return f"{markdown(table)}{refusals(rows)}\n{text}\n"
 
 
@@ -155,10 +159,13 @@ def augment_table(rows: Rows) -> str:
     return f"{markdown(uniform(table))}{refusals(rows)}\n{rows[0]['batch']} images of 32×32, bfloat16.\n"
 
 
+_BY_ROUND = "\nRatios are medians of the ratios within each round, not quotients of these medians.\n"
+
+
 @for_each_device("gan-step")
 def gan_step_table(rows: Rows) -> str:
     """A whole step of aw_sngan."""
-    return markdown([{name: value for name, value in row.items() if name != "batch"} for row in rows])
+    return markdown([{name: value for name, value in row.items() if name != "batch"} for row in rows]) + _BY_ROUND
 
 
 @for_each_device("spectral")
@@ -183,7 +190,7 @@ def hinge_table(weights: Rows, step: Rows) -> str:
         line = ({} if l2 is None else {"L2": l2}) | {f"{name}, ms": row["ms"] for name, row in by_name.items()}
         table.append(line | {"by tensors / ours": by_name["by tensors"]["ms"] / by_name["ours"]["ms"]})
     return (
-        f"A step of aw_sngan's discriminator, batch 64, beside a plain hinge step:\n\n{markdown(step)}\n"
+        f"A step of aw_sngan's discriminator, batch 64, beside a plain hinge step:\n\n{markdown(step)}{_BY_ROUND}\n"
         f"Losses, weights and weighted gradients alone, beside one tensor at a time:\n\n{markdown(uniform(table))}"
         f"{refusals(weights)}"
     )

@@ -188,7 +188,7 @@ def first_steps_table() -> str:
                 "test accuracy": f"{tested:.1f} % of {row['test images']:,}" if tested is not None else "–",
                 "peak memory": f"{row['peak MiB']:,} MiB",
                 "a step": f"{row['seconds a step']:.2f} s",
-                "whole preset": f"{row['whole preset, steps']:,} steps",
+                "whole preset at this batch": f"{row['whole preset, steps']:,} steps",
             }
         )
     return f"{markdown(rows)}\n`benchmarks/results/first-steps-MODEL-PRESET.json`, each with its command.\n"

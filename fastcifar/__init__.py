@@ -17,7 +17,7 @@ try:
 except _metadata.PackageNotFoundError:
     __version__ = "0.1.0"
 
-_SUBMODULES = ("data", "dispatch", "functional", "fuse", "models", "native", "nn", "reference", "training")
+_SUBMODULES = ("data", "dispatch", "functional", "fuse", "models", "native", "nn", "profiling", "reference", "training")
 
 _FUNCTIONS = {"unfuse": "fuse", "fold_batch_norm": "folding"}
 

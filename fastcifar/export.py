@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import pathlib
+import tempfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -69,6 +70,18 @@ def _generator(saved: checkpoint.Checkpoint) -> _Job:
     return _Job(gan.generator, inputs, "images", notes)
 
 
+def _write(path: pathlib.Path, kind: str, job: _Job, *, classes: bool) -> tuple[dict[str, Any], bytes]:
+    """The program's check and bytes; it gets its name only when it computes what the network does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        draft = pathlib.Path(folder) / path.name
+        programs.write(draft, kind, job.model, {n: x[:2].clone() for n, x in job.inputs.items()}, job.output)
+        check = programs.compare(programs.read(draft, kind), job.model, list(job.inputs.values()), classes=classes)
+        content = draft.read_bytes()
+        draft.replace(path)
+    return check, content
+
+
 def main(arguments: Sequence[str]) -> int:
     """Exports as the arguments say; returns the exit status.
 
@@ -84,10 +97,7 @@ def main(arguments: Sequence[str]) -> int:
     gan = name in models.list_models(gan=True)
     job = _generator(saved) if gan else _classifier(parsed, saved)
     path = pathlib.Path(parsed.output or checkpoint.run_folder(saved.path) / f"{name}{programs.FORMATS[kind]}")
-    programs.write(path, kind, job.model, {n: x[:2].clone() for n, x in job.inputs.items()}, job.output)
-    program = programs.read(path, kind)
-    check = programs.compare(program, job.model, list(job.inputs.values()), classes=not gan)
-    content = path.read_bytes()
+    check, content = _write(path, kind, job, classes=not gan)
     result = {
         "checkpoint": str(saved.path), "step": saved.step, "model": name, "format": kind, "file": path.name,
         "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), **job.notes, "check": check,

@@ -86,6 +86,18 @@ def test_a_program_that_differs_is_refused():
             programs.compare(wrong, model, [images], classes=True)
 
 
+def test_a_refused_program_does_not_replace_a_sound_one(runs, tmp_path, capsys, monkeypatch):
+    def refuse(*arguments, **options):
+        raise ValueError("differs from the network")
+
+    path = tmp_path / "network.pt2"
+    path.write_bytes(b"sound")
+    monkeypatch.setattr(programs, "compare", refuse)
+    assert exported("--checkpoint", runs / "classifier", "--format", "torch", "--output", path) == 2
+    assert path.read_bytes() == b"sound" and list(tmp_path.iterdir()) == [path]
+    assert "differs from the network" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
