@@ -178,7 +178,8 @@ def first_steps_table() -> str:
     """Presets cut to a few steps."""
     rows = []
     for path in sorted(reporting.RESULTS.glob("first-steps-*.json")):
-        row = json.loads(path.read_text(encoding="utf-8"))["rows"][0]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        row = content["rows"][0]
         tested = row.get("test accuracy, %")
         rows.append(
             {
@@ -188,6 +189,7 @@ def first_steps_table() -> str:
                 "test accuracy": f"{tested:.1f} % of {row['test images']:,}" if tested is not None else "–",
                 "peak memory": f"{row['peak MiB']:,} MiB",
                 "a step": f"{row['seconds a step']:.2f} s",
+                "cores": content["circumstances"]["threads"],
                 "whole preset at this batch": f"{row['whole preset, steps']:,} steps",
             }
         )
