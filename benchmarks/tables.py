@@ -108,7 +108,7 @@ def searches_table() -> str:
         ]
         command = " ".join(env["command"])
         parts.append(
-            f"{markdown(rows)}\n`{result['model']}`, {result['holdout']:,} images held out of {result['dataset']}: "
+            f"{markdown(rows)}\n`{result['model']}`, {result['holdout']:,} images held out of {result['dataset'].partition('-')[0]}: "
             f"`{command}`, {found['date']}, torch {env['versions']['torch']}, {env['hardware']['cpus']} cores of "
             f"{env['hardware']['processor']}: `benchmarks/results/{path.name}`.\n"
         )
