@@ -18,6 +18,7 @@ from torch import nn
 from fastcifar import command_line, data, models, validation
 from fastcifar.deploy import measuring, programs, pruning, quantisation
 from fastcifar.training import checkpoint, classify, distributed, environment, loop, run_folder, trained
+from fastcifar.training.networks import moments
 from fastcifar.training.options import Recipe
 from fastcifar.training.progress import Lines
 
@@ -96,6 +97,7 @@ def _prune(
         networks[f"{name}, {parsed.fine_tune} steps"] = _write(task.model, source.dataset, output / "tuned.onnx")
     tensors = {f"model.{key}": tensor for key, tensor in task.model.state_dict().items()}
     config = {"config": dataclasses.asdict(recipe), "seconds": 0.0, "since": [0, 0.0]}
+    config |= moments(source.dataset)
     checkpoint.save(output / "checkpoints", source.saved.step + parsed.fine_tune, tensors, config)
     return networks, task.model.cpu()
 

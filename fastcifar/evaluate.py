@@ -100,6 +100,7 @@ def _classifier(
     device: torch.device,
     output: pathlib.Path,
 ) -> dict[str, Any]:
+    dataset = networks.as_trained(dataset, saved)
     model = networks.build_model(chosen, dataset)
     networks.load_weights(model, saved)
     model = model.to(device=device, memory_format=torch.channels_last)
@@ -153,6 +154,8 @@ def _gan(
     gan, class_names = load_gan(saved, chosen, average=not parsed.no_average)
     if gan.conditional and len(class_names) != dataset.num_classes:
         raise ValueError(f"{saved.path} draws {len(class_names)} classes, {dataset.name} has {dataset.num_classes}")
+    if "cas" in wanted and not gan.conditional:
+        raise ValueError(f"cas needs a GAN that was trained with classes, {saved.path} was trained without; drop it")
     lpips = metrics.Lpips(parsed.lpips_weights, device) if "lpips-nn" in wanted else None
     of_features = tuple(name for name in wanted if name in metrics.METRICS)
     judge = None

@@ -101,7 +101,7 @@ def _interpolation(gan: models.GAN, names: tuple[str, ...], parsed, device: torc
 
 
 def _write_set(gan: models.GAN, names: tuple[str, ...], parsed, device: torch.device, folder: pathlib.Path) -> str:
-    """`--count` images with balanced random labels."""
+    """`--count` images with random labels."""
     images, labels = [], []
     seed = command_line.numbers("--seeds", parsed.seeds)[0]
     for batch, classes in sampling.sample_batches(gan.generator, gan, parsed.count, device, seed):
@@ -132,6 +132,8 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError(f"--truncation must lie in [0, 1], got {parsed.truncation:g}")
     if parsed.count is not None and parsed.count < 1:
         raise ValueError(f"--count must be ≥ 1, got {parsed.count}")
+    if parsed.count is not None and (parsed.classes or parsed.interpolate or parsed.truncation != 1.0):
+        raise ValueError("--count draws of all classes, whole latents; drop --classes, --interpolate and --truncation")
     device = environment.choose_device(parsed.device)
     saved = checkpoint.find(parsed.checkpoint, notify=print)
     gan, names = load_gan(saved, recipe.of_checkpoint(saved, impl="auto"), average=not parsed.no_average)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from training_case import result_of, status_of, write_tiny
 
-from fastcifar import data, evaluate, generate
-from fastcifar.training import checkpoint, gan, recipe, sampling
+from fastcifar import data, evaluate, generate, metrics
+from fastcifar.training import checkpoint, gan, judging, progress, recipe, run_folder, sampling
+from fastcifar.training import networks as gan_networks
 
 CPU = torch.device("cpu")
 
@@ -92,6 +93,8 @@ BAD_GENERATE = {
     "truncation": (["--truncation", "2"], "--truncation must lie in"),
     "format": (["--count", "3", "--format", "gif"], "--format"),
     "no images": (["--count", "0"], "--count must be ≥ 1"),
+    "a set of some classes": (["--count", "3", "--classes", "class 1"], "--count draws of all classes"),
+    "a truncated set": (["--count", "3", "--truncation", "0.5"], "--count draws of all classes"),
 }
 
 
@@ -207,3 +210,49 @@ def test_absent_weights_are_one_line(run, tmp_path, capsys):
     assert evaluated(run, "--metrics", "fid", "--inception-weights", absent) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1 and str(absent) in error and "--classifier RUN" in error
+
+
+def test_a_figure_of_every_metric_has_its_column_and_is_shown():
+    generator = numpy.random.default_rng(0)
+    batches = [generator.integers(0, 256, (40, 4, 4, 3), dtype=numpy.uint8) for _ in range(2)]
+
+    class Pixels:
+        dimension, device = 48, CPU
+
+        def __call__(self, images):
+            return torch.from_numpy(images.reshape(len(images), -1)).float()
+
+    found = metrics.compare(Pixels(), metrics.Reference(Pixels(), batches[:1]), batches[1:], metrics.METRICS)
+    assert set(found) <= set(run_folder.GAN_COLUMNS) and {"fd", "fid", "kid", "precision"} <= set(found)
+    assert "FID 3.25" in progress.format_row({"step": 1, "fid": 3.25}, 2)
+
+
+def test_few_images_are_named_for_an_fid_too():
+    judge = judging.Judge.__new__(judging.Judge)
+    judge.count, judge.wanted, judge.extractor = 30, ("fid",), type("Extractor", (), {"dimension": 8})
+    statistics = type("Statistics", (), {"count": 40})
+    judge.reference = type("Reference", (), {"statistics": statistics, "features": [0] * 8, "floor": lambda count: 1.0})
+    assert "30 images are few" in judge.warnings()[0]
+
+
+def test_cas_without_classes_is_refused_before_any_work(run, tmp_path, capsys):
+    plain = ["--model", "aw_sngan", "--unconditional", "--model-option", "width=4", "--model-option"]
+    plain += ["discriminator_width=2", "--dataset", f"npz:{run}/tiny.npz", "--steps", "1", "-b", "8"]
+    assert status_of([*plain, "--amp-dtype", "fp32", "--output", tmp_path / "plain"]) == 0
+    arguments = ["--checkpoint", tmp_path / "plain", "--metrics", "fid,lpips-nn,cas"]
+    assert status_of(arguments, evaluate.main, "python -m fastcifar.evaluate") == 2
+    assert "cas needs a GAN that was trained with classes" in capsys.readouterr().err
+
+
+def test_first_weights_of_a_gan_are_its_averaged_generator_and_its_discriminator(run, tmp_path, capsys):
+    options = ["--model", "aw_sngan", "--model-option", "width=4", "--model-option", "discriminator_width=2"]
+    options += ["--dataset", f"npz:{run}/tiny.npz", "-b", "8", "--amp-dtype", "fp32", "--steps", "1"]
+    averaged = [*options, "--model-ema-decay", "0.5", "--output", tmp_path / "averaged"]
+    assert status_of(averaged) == 0
+    saved = checkpoint.find(tmp_path / "averaged", print)
+    tensors = gan_networks.network_of(saved)
+    assert any(name.startswith("discriminator.") for name in tensors)
+    for name, tensor in saved.tensors.items():
+        if name.startswith("ema."):
+            assert torch.equal(tensors[name.replace("ema.", "generator.", 1)], tensor)
+    assert status_of([*options, "--init-weights", tmp_path / "averaged", "--output", tmp_path / "on"]) == 0

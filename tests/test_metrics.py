@@ -5,7 +5,13 @@ import pytest
 import torch
 
 from fastcifar import metrics
-from fastcifar.metrics import FeatureStatistics, frechet_distance, kernel_distance, precision_recall_density_coverage
+from fastcifar.metrics import (
+    FeatureStatistics,
+    comparison,
+    frechet_distance,
+    kernel_distance,
+    precision_recall_density_coverage,
+)
 from fastcifar.models import create_model
 
 
@@ -183,3 +189,18 @@ BAD = [
 def test_bad_input(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_few_of_many_images_are_a_fair_sample():
+    assert metrics.selection(10_000, 10_000).tolist() == list(range(10_000))
+    order = metrics.selection(20_000, 20_000)
+    assert sorted(order) == list(range(20_000)) and 4_500 < (order[:10_000] < 10_000).sum() < 5_500
+    some = metrics.selection(400, 100)
+    assert len(set(some)) == 100 and some.max() > 300 and (some == metrics.selection(400, 100)).all()
+
+
+def test_a_reference_of_a_sorted_folder_keeps_images_of_all_its_classes(monkeypatch):
+    monkeypatch.setattr(comparison, "_KEPT", 20)
+    images = numpy.repeat(numpy.arange(60, dtype=numpy.uint8), 8 * 8 * 3).reshape(60, 8, 8, 3)
+    kept = metrics.Reference.of_images(Pixels(), images).features
+    assert len(kept) == 20 and kept.max() > 40

@@ -192,3 +192,14 @@ def test_members_that_share_their_bytes_do_not_fill_the_memory():
         content[place + 42 : place + 46] = first.header_offset.to_bytes(4, "little")
     with pytest.raises(DataError, match="sharing its bytes"):
         read_tensors(bytes(content), "file")
+
+
+@pytest.mark.parametrize("low", [0x80, 0x50], ids=["as a pickle begins", "as an archive begins"])
+def test_the_length_at_the_start_may_look_like_another_format(low):
+    found = set()
+    for length in range(1, 400):
+        content = safetensors.torch.save({"n" * length: torch.arange(3)})
+        if content[0] == low:
+            found.add(length)
+            assert torch.equal(read_tensors(content, "file")["n" * length], torch.arange(3))
+    assert found

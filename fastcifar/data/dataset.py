@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -73,6 +75,12 @@ class ImageDataset:
         mean, square = sums / (self.train_images.size // 3) / numpy.array([[255.0], [255.0**2]])
         deviation = numpy.sqrt(numpy.maximum(square - mean**2, 0.0))
         return tuple(mean.tolist()), tuple(numpy.maximum(deviation, 1.0 / 255.0).tolist())
+
+    def normalised_as(self, mean: Sequence[float], std: Sequence[float]) -> ImageDataset:
+        """The same images with the mean and the deviation of other ones, those that a network was trained on."""
+        other = dataclasses.replace(self)
+        other.__dict__["_moments"] = (tuple(mean), tuple(std))
+        return other
 
     @property
     def mean(self) -> tuple[float, ...]:

@@ -168,6 +168,9 @@ def read_tensors(content: bytes, source: str) -> dict[str, torch.Tensor]:
         DataError: anything but a flat table of named tensors. Nothing of it has been run.
     """
     try:
+        # Eight bytes of length, which may begin like any other format, then JSON.
+        if content[8:9] == b"{":
+            return safetensors.torch.load(content)
         if content.startswith(b"PK"):
             return _read_saved(content, _read_zip)
         if content.startswith(b"\x80"):

@@ -1,6 +1,6 @@
 """How near generated images are to real ones, in the features of a named network."""
 
-from fastcifar.metrics.comparison import METRICS, Reference, compare
+from fastcifar.metrics.comparison import METRICS, Reference, compare, selection
 from fastcifar.metrics.extractors import ClassifierFeatures
 from fastcifar.metrics.frechet import FeatureStatistics, frechet_distance
 from fastcifar.metrics.inception import InceptionFeatures
@@ -21,4 +21,5 @@ __all__ = [
     "nearest_neighbours",
     "neighbour_rows",
     "precision_recall_density_coverage",
+    "selection",
 ]

@@ -23,12 +23,22 @@ _KEPT = 10_000
 _BATCH = 250
 
 
+def selection(total: int, count: int) -> numpy.ndarray:
+    """Indices of at most `count` of `total` images, int64, the same ones each time, the first 10,000 a fair sample.
+
+    The first images of a folder are all of its first classes.
+    """
+    if total <= min(count, _KEPT):
+        return numpy.arange(total)
+    return numpy.random.Generator(numpy.random.Philox(key=0)).permutation(total)[:count]
+
+
 class Reference:
-    """Statistics of all real images, and the features of the first 10,000.
+    """Statistics of all real images, and the features of 10,000 of them.
 
     Args:
         extractor: images uint8 [n, H, W, 3] → features [n, D]; has `dimension` and `device`.
-        batches: the real images.
+        batches: the real images; the first 10,000 are those whose features are kept.
     """
 
     def __init__(self, extractor: Any, batches: Iterable[numpy.ndarray], *, keep: bool = True):
@@ -52,11 +62,13 @@ class Reference:
         """
         place = None
         if cache is not None:
-            content = hashlib.sha256(f"{images.shape}".encode() + numpy.ascontiguousarray(images).data).hexdigest()
+            content = f"{images.shape} selection".encode() + numpy.ascontiguousarray(images).data
+            content = hashlib.sha256(content).hexdigest()
             place = cache / f"reference-{extractor.digest[:16]}-{content[:16]}.safetensors"
             if place.is_file() and (found := cls._read(extractor, place)) is not None:
                 return found
-        made = cls(extractor, (images[begin : begin + _BATCH] for begin in range(0, len(images), _BATCH)))
+        order = selection(len(images), len(images))
+        made = cls(extractor, (images[order[begin : begin + _BATCH]] for begin in range(0, len(images), _BATCH)))
         if place is not None:
             made._write(place)
         return made

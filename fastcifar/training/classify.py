@@ -17,7 +17,7 @@ from fastcifar.training.capture import Feed, build_graph
 from fastcifar.training.checkpoint import Checkpoint, CheckpointError
 from fastcifar.training.distil import Teacher, distillation_loss
 from fastcifar.training.ema import WeightAverage
-from fastcifar.training.networks import build_model
+from fastcifar.training.networks import build_model, moments
 from fastcifar.training.optimisers import GuardedStep, begin_momentum, build_optimiser
 from fastcifar.training.options import Recipe
 from fastcifar.training.robustness import AdversarialTraining
@@ -278,7 +278,7 @@ class Classification:
             tensors[f"progress.{name}"] = self.processes.gather(own)
         tensors |= {"progress.bad_steps": self.update.bad_steps, "progress.first_bad": self.update.first_bad}
         scaler = self.update.scaler.state_dict() if self.update.scaler else None
-        notes = {"seen": self.seen, "scaler": scaler}
+        notes = {"seen": self.seen, "scaler": scaler, **moments(self.dataset)}
         return tensors, notes if self.teacher is None else notes | {"teacher_sha256": self.teacher.digest}
 
     def _check_teacher(self, checkpoint: Checkpoint) -> None:
@@ -288,6 +288,16 @@ class Classification:
             raise CheckpointError(
                 f"{checkpoint.path} had a teacher of SHA-256 {str(before)[:12]}, --teacher {self.recipe.teacher} has "
                 f"{str(now)[:12]}; pass the same one"
+            )
+
+    def _check_images(self, checkpoint: Checkpoint) -> None:
+        """Another data set, such as --dataset auto may find, would be another run."""
+        now = moments(self.dataset)
+        before = {name: checkpoint.state.get(name, value) for name, value in now.items()}
+        if before != now and not self.recipe.eval_only:
+            raise CheckpointError(
+                f"{checkpoint.path} was trained on other images than {self.dataset.source}: their mean was "
+                f"{before['mean']}, here it is {now['mean']}; give its data set"
             )
 
     def load_state(self, checkpoint: Checkpoint) -> None:
@@ -302,6 +312,7 @@ class Classification:
         if missing:
             raise CheckpointError(f"{checkpoint.path} lacks {missing[0]!r}; it is of another recipe")
         self._check_teacher(checkpoint)
+        self._check_images(checkpoint)
         parts = by_part(tensors)
         self.model.load_state_dict(parts["model"])
         self.update.keep_buffers()

@@ -60,7 +60,7 @@ class Judge:
     def warnings(self) -> list[str]:
         """What makes the figures worse than the generator is."""
         few = min(self.count, self.reference.statistics.count)
-        if few >= _USUAL or "fd" not in self.wanted or len(self.reference.features) < 4:
+        if few >= _USUAL or not {"fd", "fid"} & set(self.wanted) or len(self.reference.features) < 4:
             return []
         return [
             f"WARNING: {few} images are few for a Fréchet distance of {self.extractor.dimension} features: it is "
@@ -122,7 +122,8 @@ def nearest_training_images(
     batches = [batch for batch, _ in sampling.sample_batches(gan.generator, gan, count, lpips.device, seed)]
     generated = numpy.concatenate(batches)
     found = metrics.nearest_neighbours(lpips, generated, dataset.train_images, count=neighbours)
-    yardstick = metrics.nearest_neighbours(lpips, dataset.test_images[:count], dataset.train_images)
+    order = metrics.selection(len(dataset.test_images), count)
+    yardstick = metrics.nearest_neighbours(lpips, dataset.test_images[order], dataset.train_images)
     figures = {
         "lpips_nn": round(float(found.distances[:, 0].mean()), 6),
         "lpips_nn_of_test_images": round(float(yardstick.distances.mean()), 6),

@@ -36,8 +36,24 @@ def build_model(recipe: Recipe, dataset: data.ImageDataset) -> nn.Module:
 
 def network_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint's network: its averaged weights, where it has them."""
-    prefix = "ema." if any(name.startswith("ema.") for name in checkpoint.tensors) else "model."
-    return {n.removeprefix(prefix): t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
+    plain, averaged = (
+        {n.removeprefix(prefix): t for n, t in checkpoint.tensors.items() if n.startswith(prefix)}
+        for prefix in ("model.", "ema.")
+    )
+    if averaged and any(name.startswith("generator.") for name in plain):  # a GAN averages its generator alone
+        return plain | {f"generator.{name}": tensor for name, tensor in averaged.items()}
+    return averaged or plain
+
+
+def moments(dataset: data.ImageDataset) -> dict[str, list[float]]:
+    """What a checkpoint says of the images that its network was trained on: mean and deviation of each channel."""
+    return {"mean": list(dataset.mean), "std": list(dataset.std)}
+
+
+def as_trained(dataset: data.ImageDataset, checkpoint: Checkpoint) -> data.ImageDataset:
+    """The data set, normalised as the one that a checkpoint's network was trained on (older ones do not say how)."""
+    state = checkpoint.state
+    return dataset.normalised_as(state["mean"], state["std"]) if "mean" in state else dataset
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:

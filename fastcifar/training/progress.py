@@ -33,6 +33,7 @@ def format_row(row: dict[str, Any], steps: int) -> str:
         ("seconds_per_kimg", "{:.2f} s/kimg"),
         ("memory_mib", "{:,.0f} MiB"),
         ("fd", "FD {:.2f}"),
+        ("fid", "FID {:.2f}"),
         ("kid", "KID {:.4f}"),
         ("learning_rate", "lr {:.4g}"),
         ("images_per_second", "{:,.0f} images/s"),
@@ -98,7 +99,7 @@ class Bar(Lines):
         """The newest metrics; evaluations leave a line."""
         line = format_row(row, self.steps)
         self.progress.update(self.task, completed=row["step"], description=line)
-        if row.get("test_accuracy") is not None or row.get("fd") is not None:
+        if any(row.get(name) is not None for name in ("test_accuracy", "fd", "fid")):
             self.message(line)
         else:
             self.log(line)

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fastcifar.training import durable
@@ -26,8 +26,7 @@ COLUMNS = (
 GAN_COLUMNS = (
     "step", "epoch", "learning_rate", "loss_d", "loss_g", "score_real", "score_fake", "weight_real", "weight_fake",
     "cosine", "logit_real", "logit_fake", "deviation", "images_per_second", "seconds", "kimg", "seconds_per_kimg",
-    "memory_mib", "fd", "kid", "kid_deviation", "precision",
-    "recall", "density", "coverage",
+    "memory_mib", "fd", "fid", "kid", "kid_deviation", "precision", "recall", "density", "coverage",
 )  # fmt: skip
 
 
@@ -73,7 +72,7 @@ class RunFolder:
         self.trackers: list[Callable[[dict[str, Any]], None]] = []
         self.problem: str | None = None
         durable.make_folder(path)
-        self._claim = _claim(path)
+        self._claim = claim(path)
         self.rows = _read_rows(path / "metrics.jsonl", columns)
         if step is not None:
             self.rewind(step)
@@ -145,8 +144,30 @@ class RunFolder:
             file.write(line + "\n")
 
 
-def _claim(path: pathlib.Path) -> int | None:
-    """A descriptor that keeps other processes out as long as it is open; None where the system knows no such locks."""
+@contextlib.contextmanager
+def claimed(path: pathlib.Path) -> Iterator[None]:
+    """Makes the folder and keeps other processes out of it.
+
+    Raises:
+        ValueError: another process has it.
+        OSError: it cannot be made.
+    """
+    durable.make_folder(path)
+    descriptor = claim(path)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def claim(path: pathlib.Path) -> int | None:
+    """A descriptor that keeps other processes out of a folder as long as it is open; None where the system has no such
+    locks.
+
+    Raises:
+        ValueError: another process has it.
+    """
     try:
         import fcntl
     except ImportError:  # Windows

@@ -14,7 +14,8 @@ from fastcifar.training.options import Recipe
 
 
 class Trained(NamedTuple):
-    """`model` in eval mode on the CPU, the recipe of its run, the data set with its classes, and the checkpoint."""
+    """`model` in eval mode on the CPU, the recipe of its run, the data set with its classes and normalised as
+    the network was trained, and the checkpoint."""
 
     model: nn.Module
     recipe: Recipe
@@ -46,6 +47,7 @@ def load_classifier(
     images = data.load_dataset(dataset or chosen.dataset, data_dir or chosen.data_dir)
     for notice in images.notices:
         notify(notice)
+    images = networks.as_trained(images, saved)
     model = networks.build_model(chosen, images)
     networks.load_weights(model, saved)
     return Trained(model.eval(), chosen, images, saved)
