@@ -8,7 +8,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 _STARTED = time.perf_counter()
@@ -30,7 +30,6 @@ from fastcifar.training import (  # noqa: E402
 from fastcifar.training.adversarial import Adversarial  # noqa: E402
 from fastcifar.training.classify import Classification  # noqa: E402
 from fastcifar.training.curves import draw_curves  # noqa: E402
-from fastcifar.training.networks import load_weights  # noqa: E402
 from fastcifar.training.options import Recipe  # noqa: E402
 from fastcifar.training.progress import Lines, format_duration, reporter  # noqa: E402
 
@@ -63,6 +62,10 @@ def _resolve(arguments: Any, has_gpu: bool) -> tuple[Recipe, checkpoint.Checkpoi
         place = pathlib.Path(resume)
     saved = checkpoint.find(place, notify=lambda text: print(f"WARNING: {text}", file=sys.stderr))
     old = saved.config
+    # A checkpoint counts its budget in steps; how many an epoch has is known when the images are.
+    epochs = None if "steps" in flags else flags.pop("epochs", config.get("epochs"))
+    if epochs is not None:
+        config = {key: value for key, value in config.items() if key not in ("epochs", "steps")}
     wanted = recipe.resolve({**flags, "resume": resume}, {**old, **config, "init_weights": None}, has_gpu=has_gpu)
     changed = recipe.differences(old, dataclasses.asdict(wanted))
     if changed:
@@ -70,9 +73,21 @@ def _resolve(arguments: Any, has_gpu: bool) -> tuple[Recipe, checkpoint.Checkpoi
             f"{saved.path} belongs to a run with other options ({'; '.join(changed)}); drop these flags, or start a "
             "new run with another --output"
         )
+    # Where its first weights came from stays known.
+    wanted = dataclasses.replace(wanted, init_weights=old.get("init_weights"))
+    if epochs is not None:
+        wanted = dataclasses.replace(wanted, steps=None, epochs=epochs)
     if not arguments.output:
         wanted = dataclasses.replace(wanted, output=str(checkpoint.run_folder(saved.path)))
     return wanted, saved
+
+
+def _check_budget(chosen: Recipe, saved: checkpoint.Checkpoint | None) -> None:
+    if saved is not None and saved.config["steps"] != chosen.steps:
+        raise command_line.UsageError(
+            f"{saved.path} belongs to a run of {saved.config['steps']} steps, --epochs asks for {chosen.steps}; drop "
+            "--epochs, or start a new run with another --output"
+        )
 
 
 def _folder_name(chosen: Recipe) -> str:
@@ -102,26 +117,6 @@ def _check(chosen: Recipe) -> None:
         reason = " ".join(str(error).split())[:200]
         raise command_line.UsageError(f"--model {chosen.model} cannot be built so ({reason})") from error
     trackers.check(chosen)
-
-
-def _first_weights(
-    chosen: Recipe, saved: checkpoint.Checkpoint | None
-) -> Callable[[Classification | Adversarial], None]:
-    """Reads the weights from elsewhere that the run begins with, if any; returns what puts them into its task."""
-    source = checkpoint.find(chosen.init_weights, notify=print) if chosen.init_weights else None
-    backbone = None
-    if saved is None and chosen.backbone not in (None, "none"):
-        backbone = transfer.read_backbone(chosen.backbone, chosen.model)
-
-    def put(task: Classification | Adversarial) -> None:
-        if source is not None:
-            load_weights(task.model, source)
-        if backbone is not None:
-            transfer.load_backbone(task.model, backbone, chosen.backbone)
-        if source is not None or backbone is not None:
-            task.restart_average()
-
-    return put
 
 
 def _dry_run(chosen: Recipe, task: Classification | Adversarial) -> int:
@@ -244,11 +239,12 @@ def main(arguments: Sequence[str]) -> int:
     place = _place(chosen, saved)
     if chosen.nvtx:
         profiling.enable()
-    put_first_weights = _first_weights(chosen, saved)
+    put_first_weights = transfer.first_weights(chosen, saved)
     settings = environment.prepare_process(device, deterministic=chosen.deterministic)
     dataset = data.load_dataset(chosen.dataset, chosen.data_dir, download=not parsed.dry_run, seed=0)
     dataset = data.hold_out(dataset, chosen.holdout)
     chosen = recipe.with_budget(chosen, len(dataset.train_images))
+    _check_budget(chosen, saved)
     folder = None
     distributed.join(processes, device)
     try:

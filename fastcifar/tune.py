@@ -49,7 +49,7 @@ def _check(parsed: Any, base: Recipe) -> list[search.Range]:
     names = [part.name for part in space]
     if len(set(names)) < len(names):
         raise ValueError(f"--search names an option twice: {', '.join(names)}")
-    for name in ("steps", "epochs", "model", "dataset", "holdout"):
+    for name in ("steps", "epochs", "model", "preset", "dataset", "data_dir", "holdout"):
         if name in names:
             raise ValueError(f"--search {name}: must be the same for all trials")
     if parsed.sampler == "grid" and not all(part.choices for part in space):
@@ -99,25 +99,31 @@ def main(arguments: Sequence[str]) -> int:
     storage = pathlib.Path(parsed.storage)
     described = f"{base.model}-{dataset.name}-{base.preset}-{budget.steps}-{parsed.sampler}"
     name = parsed.study or "".join(c if c.isalnum() else "-" for c in described)
-    study = search.open_study(name, storage, parsed.sampler, parsed.pruner, budget, space, parsed.search_seed)
-    tuning = search.Search(study, base, space, dataset, device, grid=parsed.sampler == "grid")
-    grid = math.prod(len(part.choices) for part in space) if parsed.sampler == "grid" else None
-    trials = min(parsed.trials or grid or 20, grid or 2**31)
-    print(f"study {name} in {storage}: {len(tuning.finished())} of {trials} trials done")
+    # Another process would take this one's trial for what a killed one left.
+    with run_folder.claimed(storage.parent / name):
+        study = search.open_study(name, storage, parsed.sampler, parsed.pruner, budget, space, parsed.search_seed)
+        tuning = search.Search(study, base, space, dataset, device, grid=parsed.sampler == "grid")
+        grid = math.prod(len(part.choices) for part in space) if parsed.sampler == "grid" else None
+        trials = min(parsed.trials or grid or 20, grid or 2**31)
+        print(f"study {name} in {storage}: {len(tuning.finished())} of {trials} trials done")
+        status = _search(tuning, trials)
+        if not status:
+            described = environment.describe(device, settings, "fastcifar.tune")
+            run_folder.write_json(storage.parent / name / "env.json", described)
+            _report(tuning, name, storage.parent / name, budget.steps, dataset)
+    return status
+
+
+def _search(tuning: search.Search, trials: int) -> int:
+    """Runs the trials that are missing; the exit status."""
     try:
         tuning.run(trials, lambda line: print(line, flush=True))
     except loop.Stopped as stopped:
-        print(
-            f"stopped after {len(tuning.finished())} of {trials} trials; the same command goes on from there",
-            flush=True,
-        )
+        done = len(tuning.finished())
+        print(f"stopped after {done} of {trials} trials; the same command goes on from there", flush=True)
         return 128 + (stopped.signal or signal.SIGTERM)
     except loop.OutOfMemory as failure:
         raise MemoryError(str(failure)) from failure
-    place = storage.parent / name
-    place.mkdir(parents=True, exist_ok=True)
-    run_folder.write_json(place / "env.json", environment.describe(device, settings, "fastcifar.tune"))
-    _report(tuning, name, place, budget.steps, dataset)
     return 0
 
 

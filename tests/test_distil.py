@@ -10,7 +10,7 @@ from test_training import everything, make
 from training_case import result_of, status_of, write_tiny
 
 from fastcifar import data
-from fastcifar.training import checkpoint
+from fastcifar.training import answers, checkpoint
 from fastcifar.training.capture import Feed
 from fastcifar.training.distil import Teacher, distillation_loss
 
@@ -154,6 +154,12 @@ def test_kept_answers_are_the_teachers_and_are_computed_once(tiny, teacher, monk
 def place(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def test_the_file_of_answers_has_its_place_on_the_disk(tmp_path):
+    answers._reserve(tmp_path / "file", 3_000_000)
+    status = (tmp_path / "file").stat()
+    assert status.st_size == 3_000_000 and status.st_blocks * 512 >= 3_000_000
 
 
 def test_the_best_preset_by_the_command_line(place, teacher, capsys):

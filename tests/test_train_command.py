@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 
+import numpy
 import pytest
 from training_case import TINY, result_of, status_of, write_tiny
 
 from fastcifar import doctor, evaluate, train
 from fastcifar.data.synthetic import synthetic
-from fastcifar.training import checkpoint
+from fastcifar.training import checkpoint, trained
 
 FIELDS = {
     "model", "dataset", "synthetic", "preset", "seed", "steps", "seconds", "images_per_second", "train_accuracy",
@@ -265,3 +266,41 @@ def test_doctor_reports(source, capsys):
     for word in ("torch", "native module", "GPU", "cifar100", "depthwise_conv_bn_act", "reference"):
         assert word in report
     assert "What to do:" in report or "Everything is in place." in report
+
+
+def test_a_run_by_epochs_goes_on_by_its_own_command(source, tmp_path, capsys):
+    arguments = start(source, "--epochs", 2, "--output", "run", "--resume", "auto")
+    assert status_of(arguments) == 0
+    first = result_of(capsys)
+    assert first["steps"] == 13  # 2 epochs of 100 images, 16 a step
+    assert status_of(arguments) == 0
+    assert result_of(capsys)["state_sha256"] == first["state_sha256"]
+    (tmp_path / "options.yaml").write_text("epochs: 2\n")
+    assert status_of(["--config", "options.yaml", "--output", "run", "--resume", "auto"]) == 0
+    capsys.readouterr()
+    assert status_of(["--output", "run", "--resume", "auto", "--epochs", 3]) == 2
+    error = capsys.readouterr().err
+    assert "a run of 13 steps, --epochs asks for 19" in error and len(error.splitlines()) == 1
+    assert status_of(["--output", "run", "--resume", "auto", "--steps", 14]) == 2
+
+
+def test_a_resumed_run_still_knows_its_first_weights(source, capsys):
+    assert status_of(start(source, "--steps", 2, "--output", "first")) == 0
+    arguments = start(source, "--steps", 4, "--init-weights", "first", "--output", "run")
+    assert status_of(arguments) == 0 and status_of(["--resume", "run"]) == 0
+    assert checkpoint.find("run", print).config["init_weights"] == "first"
+
+
+def test_a_network_sees_other_images_as_it_saw_its_own(source, tmp_path, capsys):
+    assert status_of(start(source, "--steps", 2, "--output", "run")) == 0
+    arrays = dict(numpy.load(source.partition(":")[2]))
+    darker = {name: array // 2 if "images" in name else array for name, array in arrays.items()}
+    numpy.savez(tmp_path / "dark.npz", **darker)
+    own = trained.load_classifier("run").dataset
+    other = trained.load_classifier("run", f"npz:{tmp_path}/dark.npz").dataset
+    assert (other.mean, other.std) == (own.mean, own.std) and other.train_images.mean() < own.train_images.mean() * 0.6
+    # To train on, they would be another run's.
+    (tmp_path / "dark.npz").replace(source.partition(":")[2])
+    capsys.readouterr()
+    assert status_of(["--resume", "run"]) == 2
+    assert "was trained on other images" in capsys.readouterr().err

@@ -5,10 +5,11 @@ import os
 import signal
 
 import pytest
+import torch
 from training_case import TINY, result_of, status_of, write_tiny
 
 from fastcifar import train, tune
-from fastcifar.training import search
+from fastcifar.training import checkpoint, run_folder, search
 
 optuna = pytest.importorskip("optuna", reason="tuning needs optuna: pip install 'fastcifar[tune]'")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -137,3 +138,46 @@ def test_mistakes_are_one_line(source, capsys, arguments, message):
     assert tuned(source, *arguments) == 2
     error = capsys.readouterr().err
     assert message in error and len(error.splitlines()) == 1
+
+
+def test_trials_begin_with_the_weights_of_the_command_line(source, capsys, monkeypatch):
+    assert status_of([*TINY, "--dataset", source, "--steps", "3", "--output", "first"]) == 0
+    first = checkpoint.find("first", print).tensors["model.stem.conv.weight"]
+    original, seen = train.Classification.train_step, []
+
+    def step(self, number):
+        if number == 0:
+            seen.append(self.model.stem.conv.weight.detach().clone())
+        original(self, number)
+
+    monkeypatch.setattr(train.Classification, "train_step", step)
+    options = ["--search", "lr=0.01,0.1", "--trials", 2]
+    assert tuned(source, *options, "--init-weights", "first") == 0
+    assert len(seen) == 2 and all(torch.equal(weight, first) for weight in seen)
+    capsys.readouterr()
+    assert tuned(source, *options) == 2
+    assert "init_weights: first → None" in capsys.readouterr().err
+
+
+def test_one_process_at_a_time_searches_a_study(source, tmp_path, capsys):
+    with run_folder.claimed(tmp_path / "s"):
+        assert tuned(source, "--search", "lr=0.01,0.1", "--trials", 1) == 2
+    assert "another process" in capsys.readouterr().err
+    assert tuned(source, "--search", "lr=0.01,0.1", "--trials", 1) == 0
+
+
+def test_a_signal_in_the_last_step_of_a_trial_ends_the_search(source, capsys, monkeypatch):
+    def row(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"test_loss": 1.0, "test_accuracy": 50.0}
+
+    monkeypatch.setattr(train.Classification, "evaluation_row", row)
+    assert tuned(source, "--search", "lr=0.01,0.1", "--trials", 3, "--pruner", "none", "--eval-every", 4) == 143
+    assert [trial.state.name for trial in trials()] == ["COMPLETE"]
+
+
+def test_a_value_that_is_given_twice_is_tried_once(source, capsys):
+    assert tuned(source, "--sampler", "grid", "--search", "lr=0.1,0.1", "--pruner", "none") == 0
+    assert result_of(capsys)["finished"] == 1
+    assert tuned(source, "--search", "preset=demo,fast") == 2
+    assert "must be the same for all trials" in capsys.readouterr().err

@@ -51,7 +51,8 @@ class Answers:
         whole = self.path.is_file() and self.path.stat().st_size == size
         if not whole:
             self._progress.unlink(missing_ok=True)
-        self._logits = numpy.memmap(self.path, numpy.float16, "r+" if whole else "w+", shape=shape)
+            _reserve(self.path, size)
+        self._logits = numpy.memmap(self.path, numpy.float16, "r+", shape=shape)
         done = _read_count(self._progress) if whole else 0
         if done < len(images):
             print(f"computing the teacher's answers to {shape[0]:,} × {shape[1]} views: {self.path}", flush=True)
@@ -78,6 +79,15 @@ class Answers:
         """The answers to the batch of 0-based `step`, [n, classes], on the CPU."""
         images, views = self._loader.views_of(step)
         return torch.from_numpy(self._logits[images.cpu().numpy(), views.cpu().numpy()])
+
+
+def _reserve(path: pathlib.Path, size: int) -> None:
+    """Makes a file of that size. A full disk is an error here; in a mapping of the file it would kill the process."""
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
 
 
 def _read_count(path: pathlib.Path) -> int:

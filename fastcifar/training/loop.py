@@ -60,7 +60,7 @@ class Loop:
         processes: all processes of the run.
         step, seconds: what an earlier part of the run has done, and the time that its steps took.
 
-    `rollbacks` counts how often --nan rollback went back.
+    `rollbacks` counts how often --nan rollback went back; `signal` is one that came in the last step or after it, or 0.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class Loop:
         self._warned = self._told = self._refused = False
         self._bad = 0
         self.rollbacks = 0
+        self.signal = 0
         self._good: checkpoint.Checkpoint | None = None
         self._paces: collections.deque[float] = collections.deque(maxlen=50)
         self._profile: StepProfile | None = None
@@ -119,6 +120,7 @@ class Loop:
                     self._save(last=self.step == steps or signal > 0)
                 if signal and self.step < steps:
                     raise Stopped(signal, self.step)
+            self.signal = stop.signal or 0
 
     def _train_step(self) -> None:
         try:

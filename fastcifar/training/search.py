@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from fastcifar import data, validation
-from fastcifar.training import distributed, recipe
+from fastcifar.training import distributed, recipe, transfer
 from fastcifar.training.classify import Classification
-from fastcifar.training.loop import Loop, NotFinite
+from fastcifar.training.loop import Loop, NotFinite, Stopped
 from fastcifar.training.options import Recipe, flag, options
 from fastcifar.training.progress import Lines
 
@@ -65,7 +65,8 @@ def read_range(text: str) -> Range:
     name = validation.choose("option to search", name.strip().lstrip("-").replace("-", "_"), known)
     kind = known[name]
     if ":" not in values:
-        return Range(name, kind, tuple(_value(name, kind, part.strip()) for part in values.split(",")))
+        choices = (_value(name, kind, part.strip()) for part in values.split(","))
+        return Range(name, kind, tuple(dict.fromkeys(choices)))
     parts = values.split(":")
     if kind not in (int, float) or len(parts) > 3 or (len(parts) == 3 and parts[2] != "log"):
         raise ValueError(f"--search {name}: a range is LOW:HIGH or LOW:HIGH:log and of numbers, got {values!r}")
@@ -140,9 +141,11 @@ def open_study(
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     found = recipe.differences(before["recipe"], now["recipe"])
-    for key in ("sampler", "pruner"):
-        if before[key] != now[key]:
-            found.append(f"{key}: {before[key]} → {now[key]}")
+    for old, new, keys in (
+        (before, now, ("sampler", "pruner")),
+        (before["recipe"], now["recipe"], ("backbone", "init_weights", "teacher")),
+    ):
+        found += [f"{key}: {old.get(key)} → {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
     old, new = (
         {part["name"]: {**part, "choices": list(part["choices"])} for part in x["space"]} for x in (before, now)
     )
@@ -171,6 +174,7 @@ class Search:
     ):
         self.study, self.base, self.space, self.dataset, self.device = study, base, space, dataset, device
         self.grid = grid
+        self._put_first_weights = transfer.first_weights(base, None)
 
     def finished(self) -> list[Any]:
         """The study's trials that ended by themselves or were pruned."""
@@ -206,6 +210,7 @@ class Search:
             chosen = recipe.with_budget(chosen, len(self.dataset.train_images))
             report = _Report(trial, chosen.steps)
             task = Classification(chosen, self.dataset, self.device, distributed.Processes())
+            self._put_first_weights(task)
             train_loop = Loop(task, None, report, distributed.Processes())
             state, note = self._train(train_loop)
         except BaseException:
@@ -215,6 +220,8 @@ class Search:
         trial.set_user_attr("steps", train_loop.step)
         trial.set_user_attr("seconds", round(train_loop.seconds, 1))
         self.study.tell(trial, accuracy if state == TrialState.COMPLETE else None, state)
+        if train_loop.signal:  # it came too late to end this trial
+            raise Stopped(train_loop.signal, train_loop.step)
         reached = "no evaluation" if accuracy is None else f"{accuracy:.2f} %"
         return f"trial {trial.number}: {reached}{note} · {describe(values)} · {train_loop.seconds:.0f} s"
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import pathlib
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,7 +15,8 @@ from fastcifar.data.tensors import read_tensors
 from fastcifar.models.xception import published_weights
 from fastcifar.training import checkpoint
 from fastcifar.training.checkpoint import CheckpointError
-from fastcifar.training.networks import network_of
+from fastcifar.training.networks import load_weights, network_of
+from fastcifar.training.options import Recipe
 
 PUBLISHED = "imagenet"
 
@@ -116,3 +118,30 @@ def load_backbone(model: nn.Module, tensors: dict[str, torch.Tensor], source: st
                 f"{has}; check --model and its options"
             )
     model.load_state_dict({name: tensors[name] for name in expected if name in tensors}, strict=False)
+
+
+def first_weights(recipe: Recipe, saved: checkpoint.Checkpoint | None) -> Callable[[Any], None]:
+    """Reads the weights from elsewhere that a run begins with; returns what puts them into its task.
+
+    Args:
+        recipe: says which (`init_weights`, `backbone`).
+        saved: the checkpoint that the run goes on from instead, if any.
+
+    Raises:
+        ValueError: they cannot be read.
+    """
+    source = backbone = None
+    if saved is None and recipe.init_weights:
+        source = checkpoint.find(recipe.init_weights, notify=print)
+    if saved is None and recipe.backbone not in (None, "none"):
+        backbone = read_backbone(recipe.backbone, recipe.model)
+
+    def put(task: Any) -> None:
+        if source is not None:
+            load_weights(task.model, source)
+        if backbone is not None:
+            load_backbone(task.model, backbone, recipe.backbone)
+        if source is not None or backbone is not None:
+            task.restart_average()
+
+    return put
