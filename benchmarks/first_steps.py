@@ -18,22 +18,38 @@ from benchmarks import reporting
 from fastcifar import data, models
 from fastcifar.training import distributed, environment, recipe, transfer
 from fastcifar.training.classify import Classification
+from fastcifar.training.options import Recipe
+
+
+def _whole(flags: dict[str, Any], batch_size: int, images: int) -> Recipe:
+    """The preset uncut, with this batch size and as many images in all."""
+    kept = {key: value for key, value in flags.items() if key not in ("steps", "batch_size")}
+    preset = recipe.resolve(kept, has_gpu=False)
+    steps = None if preset.steps is None else max(1, preset.steps * preset.batch_size // batch_size)
+    return recipe.with_budget(dataclasses.replace(preset, batch_size=batch_size, steps=steps), images)
+
+
+def _seconds(times: list[float], chosen: Recipe) -> dict[bool, float]:
+    """Median seconds of the steps that train all (False) and of those that train the head alone (True)."""
+    parts = transfer.phases(chosen.phases, chosen.steps)
+    kinds = [transfer.phase_at(parts, step).frozen for step in range(len(times))]
+    found: dict[bool, float] = {}
+    for kind in sorted(set(kinds)):
+        own = [seconds for seconds, frozen in zip(times, kinds, strict=True) if frozen == kind]
+        found[kind] = statistics.median(own[1:] or own)
+    return found
 
 
 def measure(flags: dict[str, Any], device: torch.device, test_images: int) -> dict[str, Any]:
     """Trains with these options and describes what happened."""
     chosen = recipe.resolve(flags, has_gpu=device.type == "cuda")
     dataset = data.load_dataset(chosen.dataset, chosen.data_dir)
-    whole = recipe.resolve({k: v for k, v in flags.items() if k != "steps"}, has_gpu=device.type == "cuda")
-    whole = recipe.with_budget(whole, len(dataset.train_images))
+    whole = _whole(flags, chosen.batch_size, len(dataset.train_images))
     chosen = recipe.with_budget(chosen, len(dataset.train_images))
     few = slice(max(test_images, 1))
     fewer = dataclasses.replace(dataset, test_images=dataset.test_images[few], test_labels=dataset.test_labels[few])
     task = Classification(chosen, fewer, device, distributed.Processes())
-    if chosen.backbone not in (None, "none"):
-        tensors = transfer.read_backbone(chosen.backbone, chosen.model)
-        transfer.load_backbone(task.model, tensors, chosen.backbone)
-        task.restart_average()
+    transfer.first_weights(chosen, None)(task)
     times, averages = [], []
     for step in range(chosen.steps):
         started = time.perf_counter()
@@ -43,18 +59,23 @@ def measure(flags: dict[str, Any], device: torch.device, test_images: int) -> di
         print(f"step {step + 1}/{chosen.steps} · loss {averages[-1]['train_loss']:.4f} · {times[-1]:.2f} s", flush=True)
     memory = environment.memory_mib(device)
     quarter = max(1, chosen.steps // 4)
-    step = statistics.median(times[1:] or times)
+    by_kind = _seconds(times, chosen)
+    seconds = sum(
+        (phase.stop - phase.start) * by_kind.get(phase.frozen, by_kind[min(by_kind)])
+        for phase in transfer.phases(whole.phases, whole.steps)
+    )
     row = {
         "model": chosen.model, "preset": chosen.preset, "data set": dataset.name,
         "parameters": models.count_parameters(task.model), "steps": chosen.steps, "batch": chosen.batch_size,
         "loss, first quarter": statistics.mean(a["train_loss"] for a in averages[:quarter]),
         "loss, last quarter": statistics.mean(a["train_loss"] for a in averages[-quarter:]),
         "train accuracy, last quarter, %": statistics.mean(a["train_accuracy"] for a in averages[-quarter:]),
-        "seconds a step": step, "peak MiB": memory, "whole preset, steps": whole.steps,
-        "whole preset, hours here": step * whole.steps / 3600,
+        "seconds a step": by_kind[min(by_kind)], "peak MiB": memory, "whole preset, steps": whole.steps,
+        "whole preset, hours here": seconds / 3600,
     }  # fmt: skip
     if chosen.phases:
         row |= {"phases": chosen.phases, "backbone": chosen.backbone or "none"}
+        row |= {"seconds a step of the head alone": by_kind[True]} if True in by_kind else {}
     if test_images:
         row |= {"test images": len(fewer.test_images), "test accuracy, %": task.evaluate("test").accuracy}
     if test_images and chosen.tta:

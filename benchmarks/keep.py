@@ -43,6 +43,8 @@ def main(folder: str, name: str | None = None) -> None:
         name = f"search-{result['study']}"
     name = name or f"run-{result['model']}-{result['preset']}-{result['steps']}-seed{result['seed']}"
     path = reporting.RESULTS / f"{name}.json"
+    if path.exists() and json.loads(path.read_text()).get("config") != found.get("config"):
+        raise SystemExit(f"{path.name} holds a run with other options; give this one another NAME")
     path.write_text(json.dumps(found, indent=1) + "\n")
     print(path)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,10 +47,16 @@ def recipe(run: Mapping[str, Any]) -> str:
     today = recipes.with_budget(recipes.resolve(flags, has_gpu=False), images=50_000)
     changed = recipes.differences(dataclasses.asdict(today), config)
     options = [(line.partition(":")[0], line.rpartition(" → ")[2].strip("'")) for line in changed]
+    others = {"teacher": today.teacher, "init_weights": None, "backbone": today.backbone}
+    options += [(name, config[name]) for name, usual in others.items() if config[name] not in (None, usual)]
+    trained_on = run["result"]["dataset"].partition("-holdout")[0]
+    if trained_on != recipes.PRESETS[config["preset"]].get("dataset", "cifar100"):
+        options.append(("dataset", trained_on))
     return " ".join([f"`{config['preset']}`", *(f"`{flag(name)} {value}`" for name, value in options)])
 
 
-def _spread(values: list[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation in percent; of one value, that value."""
     if len(values) == 1:
         return f"{values[0]:.1f} %"
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f} %"
@@ -66,9 +72,9 @@ def _row(system: System, group: list[dict[str, Any]]) -> dict[str, Any]:
         "here": recipe(group[0]),
         "steps": f"{results[0]['steps']:,} × {results[0]['batch_size']}",
         "seeds": len(results),
-        "test accuracy": _spread([result["test_accuracy"] for result in results]),
-        "with mirrored and shifted copies": _spread(copies) if copies else "–",
-        "train accuracy": _spread([result["train_accuracy"] for result in results]),
+        "test accuracy": spread([result["test_accuracy"] for result in results]),
+        "with mirrored and shifted copies": spread(copies) if copies else "–",
+        "train accuracy": spread([result["train_accuracy"] for result in results]),
         "training": f"{seconds / 60:.0f} min" if seconds > 200 else f"{seconds:.0f} s",
     }
 

@@ -106,9 +106,9 @@ def searches_table() -> str:
             for trial in result["trials"]
             if trial["accuracy"] is not None
         ]
-        command = " ".join(env["command"])
+        command, images = " ".join(env["command"]), result["dataset"].partition("-")[0]
         parts.append(
-            f"{markdown(rows)}\n`{result['model']}`, {result['holdout']:,} images held out of {result['dataset'].partition('-')[0]}: "
+            f"{markdown(rows)}\n`{result['model']}`, {result['holdout']:,} images held out of {images}: "
             f"`{command}`, {found['date']}, torch {env['versions']['torch']}, {env['hardware']['cpus']} cores of "
             f"{env['hardware']['processor']}: `benchmarks/results/{path.name}`.\n"
         )
@@ -163,7 +163,7 @@ def trials_table(name: str) -> str:
     rows = [
         {
             "training": row["what"],
-            "test accuracy": f"{row['test accuracy, %']:.1f} ± {row['standard deviation']:.1f} %",
+            "test accuracy": systems.spread([run["test_accuracy"] for run in row["runs"]]),
             "train accuracy": f"{row['train accuracy, %']:.1f} %",
         }
         for row in found["rows"]

@@ -15,6 +15,11 @@ from fastcifar import train
 
 def run(output: pathlib.Path, arguments: Sequence[str]) -> dict[str, Any]:
     """The result of `python -m fastcifar.train` with these arguments and --output; goes on where it was interrupted."""
+    asked, note = json.dumps(list(arguments)), output / "arguments.json"
+    if note.is_file() and note.read_text() != asked:
+        raise SystemExit(f"{output} holds a run with other options; give another --folder")
+    output.mkdir(parents=True, exist_ok=True)
+    note.write_text(asked)
     if not (output / "result.json").is_file():
         with contextlib.redirect_stdout(sys.stderr):
             status = train.main([*arguments, "--output", str(output), "--resume", "auto"])

@@ -62,10 +62,12 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         draw_folder(folder, options.images)
 
     # The same as: python -m fastcifar.train --dataset folder:FOLDER --steps 200 -b 32 …
-    train.main([
+    status = train.main([
         "--dataset", f"folder:{folder}", "--steps", str(options.steps), "-b", "32", "--lr", "0.1", "--crop-pad", "2",
-        "--output", str(options.output),
+        "--output", str(options.output), "--resume", "auto",
     ])  # fmt: skip
+    if status:
+        raise SystemExit(status)
     evaluate.main(["--checkpoint", str(options.output)])
     picture = next(iter(sorted((folder / "test").rglob("*.png"))))
     found = classify(options.output, picture)

@@ -46,3 +46,4 @@ def test_train_on_your_images(tmp_path, capsys):
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert result["images"] == 60 and result["accuracy"] > 50
     assert "0000.png: cross" in capsys.readouterr().out
+    assert example("train_on_your_images")["main"](arguments) == found

@@ -30,6 +30,22 @@ def test_a_recipe_is_its_preset_and_what_differs_from_it():
     assert systems.recipe(run) == f"{preset} `--lr 0.123`"
 
 
+@pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [
+        ("config", {"teacher": "big"}, "`--teacher big`"),
+        ("config", {"init_weights": "first"}, "`--init-weights first`"),
+        ("result", {"dataset": "cifar10"}, "`--dataset cifar10`"),
+    ],
+    ids=["teacher", "first weights", "data set"],
+)
+def test_another_experiment_is_another_row(part, change, words):
+    run = copy.deepcopy(RUNS[0])
+    plain = systems.recipe(run)
+    run[part].update(change)
+    assert systems.recipe(run) == f"{plain} {words}"
+
+
 def test_seeds_are_one_row_and_the_unmeasured_say_so(monkeypatch):
     run = copy.deepcopy(next(run for run in RUNS if run["result"]["model"] == "ds_resnet"))
     other, longer = copy.deepcopy(run), copy.deepcopy(run)
@@ -54,3 +70,7 @@ def test_keeping_a_run(tmp_path, monkeypatch, capsys):
     kept = systems.json.loads((tmp_path / "run-ds_resnet-demo-2-seed0.json").read_text())
     assert kept["config"]["output"] == "run" and kept["config"]["steps"] == kept["result"]["steps"] == 2
     assert str(tmp_path) not in str(kept["config"])
+    other = tmp_path / "other" / "run"
+    assert status_of([*TINY, "--dataset", source, "--steps", "2", "--lr", "0.2", "--output", other]) == 0
+    with pytest.raises(SystemExit, match="holds a run with other options"):
+        keep.main(str(other))

@@ -1,10 +1,11 @@
 """What is measured by training: alternatives with several seeds, halves of a data set, the first steps of a preset."""
 
 import numpy
+import pytest
 import torch
 from training_case import TINY, write_tiny
 
-from benchmarks import first_steps, transfer, trials
+from benchmarks import first_steps, systems, transfer, trials
 from fastcifar import data
 from fastcifar.training import recipe
 
@@ -47,3 +48,20 @@ def test_the_first_steps_of_a_preset(tmp_path):
     assert "test images" not in first_steps.measure(flags, torch.device("cpu"), test_images=0)
     assert 0 <= row["test accuracy, %"] <= 100 and 0 <= row["with TTA, %"] <= 100
     assert row["peak MiB"] > 0 and recipe.PRESETS["resnet_cifar10"]["epochs"] == 30
+
+
+def test_runs_of_other_options_are_not_taken_for_these(tmp_path):
+    source = write_tiny(tmp_path / "tiny.npz")
+    command = [*TINY, "--dataset", source, "--steps", "2", "--eval-every", "0"]
+    rows = trials.compare(tmp_path / "runs", {"one": command}, seeds=1)
+    with pytest.raises(SystemExit, match="holds a run with other options"):
+        trials.compare(tmp_path / "runs", {"one": [*command, "--lr", "0.2"]}, seeds=1)
+    assert rows[0]["standard deviation"] is None and systems.spread([rows[0]["test accuracy, %"]]).endswith(" %")
+
+
+def test_the_whole_of_a_preset_is_as_many_images_whatever_the_batch():
+    times = [9.0, 1.0, 1.0, 9.0, 3.0, 3.0]
+    chosen = recipe.with_budget(recipe.resolve({"steps": 6, "phases": "1:1:frozen,1:0.5"}, has_gpu=False), 100)
+    assert first_steps._seconds(times, chosen) == {False: 3.0, True: 1.0}
+    assert first_steps._whole({"preset": "fast", "steps": 3, "batch_size": 32}, 32, 50_000).steps == 160_000
+    assert first_steps._whole({"preset": "resnet_cifar10", "batch_size": 128}, 128, 50_000).steps == 11_719
