@@ -21,18 +21,10 @@ def content(folder: pathlib.Path) -> dict[str, Any]:
     found = {key: json.loads((folder / f"{key}.json").read_text()) for key in ("result", "env")}
     if (folder / "config.yaml").exists():
         config = recipe.read_config(str(folder / "config.yaml"))
-        found["config"] = {key: _name(value) for key, value in config.items()}
+        found["config"] = {key: reporting.last_part(value) for key, value in config.items()}
     found["date"] = datetime.datetime.fromtimestamp((folder / "result.json").stat().st_mtime).strftime("%Y-%m-%d")
-    found["env"]["command"] = [_name(word) for word in found["env"].get("command", [])]
+    found["env"]["command"] = [reporting.last_part(word) for word in found["env"].get("command", [])]
     return found
-
-
-def _name(word: Any) -> Any:
-    """A path by its last part (and npz:/… alike): where things lay on one machine tells nobody anything."""
-    if not isinstance(word, str) or "/" not in word:
-        return word
-    kind, colon, path = word.rpartition(":")
-    return f"{kind}{colon}{pathlib.Path(path).name}" if path.startswith("/") else word
 
 
 def main(folder: str, name: str | None = None) -> None:

@@ -23,7 +23,8 @@ def circumstances() -> dict[str, Any]:
     """Device, processor, versions, date and command."""
     facts: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "command": " ".join(["python -m " + (__main__name() or sys.argv[0]), *sys.argv[1:]]),
+        # Where things lay on this machine tells nobody anything.
+        "command": " ".join(["python -m " + (__main__name() or sys.argv[0]), *map(last_part, sys.argv[1:])]),
         "processor": environment.processor_name(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -34,6 +35,14 @@ def circumstances() -> dict[str, Any]:
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda
     return facts
+
+
+def last_part(word: Any) -> Any:
+    """An absolute path by its last part (and npz:/… alike); anything else as it is."""
+    if not isinstance(word, str) or "/" not in word:
+        return word
+    kind, colon, path = word.rpartition(":")
+    return f"{kind}{colon}{pathlib.Path(path).name}" if path.startswith("/") else word
 
 
 def __main__name() -> str | None:
