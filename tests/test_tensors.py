@@ -194,12 +194,10 @@ def test_members_that_share_their_bytes_do_not_fill_the_memory():
         read_tensors(bytes(content), "file")
 
 
-@pytest.mark.parametrize("low", [0x80, 0x50], ids=["as a pickle begins", "as an archive begins"])
-def test_the_length_at_the_start_may_look_like_another_format(low):
-    found = set()
-    for length in range(1, 400):
-        content = safetensors.torch.save({"n" * length: torch.arange(3)})
-        if content[0] == low:
-            found.add(length)
-            assert torch.equal(read_tensors(content, "file")["n" * length], torch.arange(3))
-    assert found
+@pytest.mark.parametrize("length", [0x80, 0x4B50], ids=["as a pickle begins", "as an archive begins"])
+def test_the_length_at_the_start_may_look_like_another_format(length):
+    content = safetensors.torch.save({"name": torch.arange(3)})
+    end = 8 + int.from_bytes(content[:8], "little")
+    content = length.to_bytes(8, "little") + content[8:end].ljust(length) + content[end:]
+    assert content.startswith((b"\x80", b"PK"))
+    assert torch.equal(read_tensors(content, "file")["name"], torch.arange(3))
