@@ -16,7 +16,7 @@ from fastcifar.training.options import flag
 
 @dataclass(frozen=True)
 class System:
-    """A published system: name of its network, parameters, published test accuracy."""
+    """A published system: name of its network, published test accuracy."""
 
     model: str
     published: str
@@ -47,7 +47,7 @@ def recipe(run: Mapping[str, Any]) -> str:
     today = recipes.with_budget(recipes.resolve(flags, has_gpu=False), images=50_000)
     changed = recipes.differences(dataclasses.asdict(today), config)
     options = [(line.partition(":")[0], line.rpartition(" → ")[2].strip("'")) for line in changed]
-    others = {"teacher": today.teacher, "init_weights": None, "backbone": today.backbone}
+    others = {"teacher": None, "init_weights": None, "backbone": today.backbone}
     options += [(name, config[name]) for name, usual in others.items() if config[name] not in (None, usual)]
     trained_on = run["result"]["dataset"].partition("-holdout")[0]
     if trained_on != recipes.PRESETS[config["preset"]].get("dataset", "cifar100"):

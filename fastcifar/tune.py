@@ -108,8 +108,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"study {name} in {storage}: {len(tuning.finished())} of {trials} trials done")
         status = _search(tuning, trials)
         if not status:
-            described = environment.describe(device, settings, "fastcifar.tune")
-            run_folder.write_json(storage.parent / name / "env.json", described)
+            env = environment.describe(device, settings, "fastcifar.tune")
+            run_folder.write_json(storage.parent / name / "env.json", env)
             _report(tuning, name, storage.parent / name, budget.steps, dataset)
     return status
 
