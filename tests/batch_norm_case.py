@@ -59,3 +59,32 @@ def hold(impl, shape, dtype=torch.float32, activation="silu", training=True, **o
         function, reference_impl, inputs, dtype, dz, floors, activation=activation,
         negative_slope=0.1, training=training, momentum=0.3,
     )  # fmt: skip
+
+
+def hold_corners(impl, activation):
+    """At the corners of an activation and far from them, value and derivative are torch's."""
+    values = [-3.0, 0.0, 3.0, 6.0, -88.5, 88.5, -1e30, 1e30]
+    found = []
+    for function in (functools.partial(functional.batch_norm_act, impl=impl), reference_impl):
+        x = torch.tensor(values).repeat_interleave(2).view(-1, 1).requires_grad_()
+        z = function(
+            x, None, None, torch.zeros(1), torch.ones(1), training=False, activation=activation, negative_slope=0.1,
+            eps=1e-30,
+        )  # fmt: skip
+        z.sum().backward()
+        found.append((z.detach(), x.grad))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=1e-30)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-6, atol=1e-30)
+
+
+def hold_infinity(impl):
+    """A channel with an infinite value has no statistics; the others keep theirs."""
+    found = []
+    for function in (functools.partial(functional.batch_norm_act, impl=impl), reference_impl):
+        inputs = inputs_of((4, 3, 8, 8), residual=False)
+        inputs["x"][1, 1, 2, 3] = float("inf")
+        z = function(**inputs, training=True, activation="relu")
+        found.append((z, inputs["running_var"]))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert found[0][0][:, 1].isnan().all() and found[0][1].isnan().tolist() == [False, True, False]

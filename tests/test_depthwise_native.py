@@ -11,6 +11,7 @@ import oracle
 import pytest
 import torch
 from distributed_case import run_ranks
+from torch.autograd import forward_ad
 
 from fastcifar import dispatch, functional, native
 from fastcifar.nn import DepthwiseConvBNAct
@@ -217,6 +218,29 @@ def test_only_needed_gradients(needed, stride, training):
         assert (got[name] is None) == (name not in needed)
         if name in needed:
             torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_infinity_is_not_hidden(isa):
+    inputs = oracle.depthwise_inputs(2, 18, 5, 5, 3)
+    inputs["x"][1, 17, 2, 2] = float("inf")
+    z = native_impl(**inputs, padding=1, training=True, activation="relu")
+    assert z[:, 17].isnan().all() and z[:, :17].isfinite().all()
+    assert inputs["running_var"].isnan().nonzero().tolist() == [[17]]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_forward_mode_is_refused(training):
+    """Its tangent must not be dropped where nothing requires a gradient."""
+    inputs = oracle.depthwise_inputs(2, 4, 5, 5, 3)
+    x = inputs.pop("x")
+    with pytest.raises((NotImplementedError, RuntimeError), match="jvp|forward"), forward_ad.dual_level():
+        native_impl(forward_ad.make_dual(x, torch.ones_like(x)), **inputs, padding=1, training=training)
+
+
+def test_no_channels():
+    empty = torch.zeros(2, 0, 5, 5), torch.zeros(0, 1, 3, 3)
+    y, statistics = torch.ops.fastcifar.native_depthwise_statistics(*empty, [1, 1], [1, 1], [1, 1])
+    assert y.shape == (2, 0, 5, 5) and statistics.shape == (2, 0)
 
 
 def test_empty_batch_is_an_empty_result():

@@ -79,7 +79,7 @@ class _Fused(torch.autograd.Function):
         if need_weight or need_bias or residual is not None or (training and need_dx):
             sums, da = operator(prefix, "reduce")(dz, x, residual, *norm, *act)
         if training and need_dx:
-            terms = mean_terms(sums, x.numel() // x.shape[1], count, process_group)
+            terms = mean_terms(sums, x.numel() // max(x.shape[1], 1), count, process_group)
         dx = None
         if need_dx and residual is not None:
             # dA is there already, so nothing of the activation is left to undo.

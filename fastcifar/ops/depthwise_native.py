@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from fastcifar import native, reference
@@ -140,7 +141,7 @@ class _Fused(torch.autograd.Function):
         if need_gamma or need_beta or (training and (need_dx or need_dw)):
             sums, _ = torch.ops.fastcifar.native_batch_norm_reduce(dz, y, None, *norm, *act)
         if training and (need_dx or need_dw):
-            terms = mean_terms(sums, y.numel() // y.shape[1], count, process_group)
+            terms = mean_terms(sums, y.numel() // max(y.shape[1], 1), count, process_group)
         if need_dx or need_dw:
             dx, dw = torch.ops.fastcifar.native_depthwise_gradients(
                 dz, x, weight, y, *norm, terms, *sizes, *act, need_dx, need_dw
@@ -155,7 +156,11 @@ class _Fused(torch.autograd.Function):
 
 
 def _wants_gradient(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    given = [tensor for tensor in tensors if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return True
+    # A tangent of forward mode does not show in requires_grad; the function with a gradient refuses it clearly.
+    return not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(t).tangent is not None for t in given)
 
 
 def depthwise_conv_bn_act(
@@ -202,7 +207,7 @@ def depthwise_conv_bn_act(
     with torch.no_grad():
         y, own = torch.ops.fastcifar.native_depthwise_statistics(x, weight, *sizes)
         if training:
-            values = y.numel() // y.shape[1]
+            values = y.numel() // max(y.shape[1], 1)
             statistics, count = merge_over_ranks(own, values, group)
             check_total(count, values, tuple(x.shape))
             update_running(running_mean, running_var, statistics, values if count is None else count, momentum)

@@ -93,7 +93,8 @@ void statistics(const Tensors& tensors, double* statistics, int threads) {
   for (Index c = 0; c < channels; ++c) {
     const double shift = statistics[c] / count;
     statistics[c] = double(pivot[c]) + shift;
-    statistics[channels + c] = std::max(0.0, statistics[channels + c] / count - shift * shift);
+    const double variance = statistics[channels + c] / count - shift * shift;
+    statistics[channels + c] = variance < 0.0 ? 0.0 : variance;  // NaN stays
   }
 }
 

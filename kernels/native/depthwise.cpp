@@ -62,8 +62,8 @@ class Division {
   Division(const Shape& shape, Dtype dtype, Index floats_per_channel) : shape_(shape) {
     const Index line = std::max(kChannelAlign, kLineBytes / bytes_of(dtype));
     const Index fitting = kRingBytes / Index(sizeof(float)) / floats_per_channel / line * line;
-    const Index wanted = divide_up(shape.channels, std::max(line, fitting));
-    block_ = divide_up(divide_up(shape.channels, wanted), line) * line;
+    const Index wanted = std::max<Index>(1, divide_up(shape.channels, std::max(line, fitting)));
+    block_ = std::max<Index>(1, divide_up(divide_up(shape.channels, wanted), line)) * line;
     blocks_ = divide_up(shape.channels, block_);
     images_ = std::max<Index>(1, divide_up(shape.images, kTiles));
     groups_ = divide_up(shape.images, images_);
@@ -146,7 +146,9 @@ void statistics(const Shape& shape, Dtype dtype, const void* x, const float* wei
     }
     seen += count;
   }
-  for (Index c = 0; c < shape.channels && seen > 0.0; ++c) variance[c] = std::max(0.0, variance[c] / seen);
+  for (Index c = 0; c < shape.channels && seen > 0.0; ++c) {
+    variance[c] = variance[c] < 0.0 ? 0.0 : variance[c] / seen;  // NaN stays
+  }
 }
 
 void inference(const Shape& shape, Dtype dtype, const void* x, const float* weight, const Norm& norm, void* z,
