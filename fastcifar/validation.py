@@ -217,24 +217,28 @@ def check_spectral(
                 f"{operator}: weights[{index}] must have at least two dimensions and one element, "
                 f"got {tuple(weight.shape)}"
             )
-        rows = weight.shape[0]
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        for label, vector, size in (("us", u, rows), ("vs", v, weight.numel() // rows)):
-            if vector.shape != (size,):
-                raise ValueError(
-                    f"{operator}: {label}[{index}] must have shape ({size},) for a weight of {tuple(weight.shape)}, "
-                    f"got {tuple(vector.shape)}"
-                )
-            if vector.dtype != dtype:
-                raise TypeError(
-                    f"{operator}: {label}[{index}] must be {dtype} for a weight of {weight.dtype}, got {vector.dtype}"
-                )
-        for label, tensor in (("weights", weight), ("us", u), ("vs", v)):
-            if tensor.device != weights[0].device:
-                raise ValueError(
-                    f"{operator}: {label}[{index}] is on {tensor.device} but weights[0] is on {weights[0].device}; "
-                    "move one of them"
-                )
+        if weight.device != weights[0].device:
+            raise ValueError(
+                f"{operator}: weights[{index}] is on {weight.device} but weights[0] is on {weights[0].device}; "
+                "move one of them"
+            )
+        check_singular_vectors(operator, f"weights[{index}]", weight, 0, **{f"us[{index}]": u, f"vs[{index}]": v})
+
+
+def check_singular_vectors(operator: str, name: str, weight: torch.Tensor, dim: int, **vectors: torch.Tensor) -> None:
+    """u and v, in this order, of the weight called `name`, whose rows lie along `dim`."""
+    rows = weight.shape[dim]
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    for (label, vector), size in zip(vectors.items(), (rows, weight.numel() // rows), strict=True):
+        if vector.shape != (size,):
+            raise ValueError(
+                f"{operator}: {label} must have shape ({size},) for a weight of {tuple(weight.shape)}, "
+                f"got {tuple(vector.shape)}"
+            )
+        if vector.dtype != dtype:
+            raise TypeError(f"{operator}: {label} must be {dtype} for a weight of {weight.dtype}, got {vector.dtype}")
+        if vector.device != weight.device:
+            raise ValueError(f"{operator}: {label} is on {vector.device} but {name} is on {weight.device}; move one")
 
 
 def check_augmentation(

@@ -1,5 +1,7 @@
 """GANs in training: steps, losses, bit-exact continuation, ranks, DiffAugment."""
 
+import dataclasses
+
 import numpy
 import pytest
 import torch
@@ -100,6 +102,9 @@ def test_real_and_generated_images_meet_the_same_discriminator(tiny):
     before = u.clone()
     task.train_step(0)
     assert len(seen) == 3 and torch.equal(seen[0], seen[1])
+    # The generator meets the discriminator after its update.
+    task.spectral.invalidate()
+    assert torch.equal(seen[2], task.discriminator.convolutions[0].weight) and not torch.equal(seen[2], seen[1])
     assert not torch.equal(u, before)  # the group made its step
 
 
@@ -175,3 +180,25 @@ def test_draws_depend_on_seed_and_number_alone(tiny):
     assert torch.equal(one.latents, same.latents) and torch.equal(one.labels, same.labels)
     assert not torch.equal(one.latents, other.latents)
     assert not torch.equal(one.latents, sampling.draw(gan, 1, 5, 4, 2).latents)
+
+
+def test_epochs_are_passes_over_the_images_however_many_discriminator_steps(tiny):
+    task = make(tiny, n_dis=3, steps=None, epochs=6)
+    assert task.recipe.steps == 25 and task.epoch(25) == pytest.approx(6.0, abs=0.3)
+
+
+def test_other_images_or_classes_are_another_run(tiny, tmp_path):
+    saved = checkpoint.load(checkpoint.save(tmp_path, 0, *make(tiny).state()))
+    with pytest.raises(checkpoint.CheckpointError, match="was trained on other images"):
+        make(dataclasses.replace(tiny, train_images=tiny.train_images // 2)).load_state(saved)
+    names = ("x", *tiny.class_names[1:])
+    with pytest.raises(checkpoint.CheckpointError, match="knows other classes .* 'class 0' there is 'x' here"):
+        make(dataclasses.replace(tiny, class_names=names)).load_state(saved)
+
+
+def test_grids_of_small_sets(tiny, tmp_path):
+    few = dataclasses.replace(tiny, train_images=tiny.train_images[:7], train_labels=tiny.train_labels[:7])
+    for name, options in {"conditional": {}, "plain": {"unconditional": True}}.items():
+        task = make(few, **options)
+        sampling.write_grids(tmp_path / name, 0, task.generator, task.model, few, CPU)
+        assert (tmp_path / name / "reals.png").stat().st_size > 100

@@ -201,11 +201,13 @@ def test_one_gradient_launch_serves_both_forward_passes(monkeypatch):
     assert calls == ["gradient"]
 
 
-def test_an_optimiser_step_is_seen_and_u_waits():
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("optimiser", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_an_optimiser_step_is_seen_and_u_waits(optimiser, fused):
     model = small()
     group = SpectralNormGroup(model)
     group.step()
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimiser = optimiser(model.parameters(), lr=0.5, fused=fused)
     before = model[0].weight.detach().clone()
     model(IMAGES).sum().backward()
     optimiser.step()
@@ -214,6 +216,37 @@ def test_an_optimiser_step_is_seen_and_u_waits():
     assert not torch.equal(model[0].weight, before)
     close(model[0].weight, expected)
     assert torch.equal(model[0].parametrizations.weight[0]._u, u)
+
+
+def test_layers_that_a_backward_pass_does_not_reach_may_change():
+    model = nn.ModuleDict({"one": small(), "two": small()})
+    SpectralNormGroup(model).step()
+    losses = {name: part(IMAGES).sum() for name, part in model.items()}
+    losses["one"].backward()
+    torch.optim.SGD(model["one"].parameters(), lr=0.5).step()
+    losses["two"].backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_replicas_normalise_their_own_weights():
+    """What nn.DataParallel makes of a module, but for the devices."""
+    model = small().eval()
+    SpectralNormGroup(model)
+    parameters = model[4].parametrizations.weight
+    replica = parameters._replicate_for_data_parallel()
+    replica._modules = {"0": parameters[0]._replicate_for_data_parallel()}
+    replica.original = 3 * parameters.original.detach()
+    close(replica(), parameters())
+    replica.original = parameters.original.detach().roll(1)
+    assert not torch.allclose(replica(), parameters())
+
+
+def test_weights_made_in_inference_mode():
+    with torch.inference_mode():
+        model = small().eval()
+        expected = model(IMAGES)
+        SpectralNormGroup(model)
+        close(model(IMAGES), expected)
 
 
 def test_backward_through_a_stale_graph_says_so():
@@ -310,6 +343,40 @@ def test_casts_keep_float32_vectors():
     assert model(IMAGES.double()).dtype == torch.float64 and norms(model)["0.parametrizations.weight.0"]._v.dtype == (
         torch.float64
     )
+
+
+def test_casts_there_and_back_keep_float32_vectors():
+    model = small().double().bfloat16()
+    assert model(IMAGES.bfloat16()).isfinite().all()
+    assert all(buffer.dtype == torch.float32 for buffer in model.buffers())
+
+
+def test_a_group_refuses_vectors_that_do_not_fit_their_weights():
+    """Kernels write u and v in place, by address."""
+    model = small()
+    group = SpectralNormGroup(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.double()
+    with pytest.raises(TypeError, match=r"u of 0\.weight must be torch\.float64 for a weight of torch\.float64"):
+        group.step()
+    model = small()
+    group = SpectralNormGroup(model)
+    model[0].parametrizations.weight.original.data = torch.randn(4, 5, 3, 3)
+    with pytest.raises(ValueError, match=r"v of 0\.weight must have shape \(45,\)"):
+        group.step()
+
+
+def test_a_group_takes_strided_vectors():
+    expected, model = small(), small()
+    state = {
+        key: value[:, None].repeat(1, 2)[:, 0] if value.dim() == 1 else value
+        for key, value in model.state_dict().items()
+    }
+    group, _ = SpectralNormGroup(model), SpectralNormGroup(expected)
+    model.load_state_dict(state, assign=True)
+    assert not model[0].parametrizations.weight[0]._u.is_contiguous()
+    close(model.eval()(IMAGES), expected.eval()(IMAGES))
+    group.step()
 
 
 def test_channels_last_weights_keep_their_layout():

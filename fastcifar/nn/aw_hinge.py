@@ -196,7 +196,8 @@ class AdaptiveWeightedHinge:
 
     def _kept(self, parameter: torch.Tensor) -> torch.Tensor:
         kept = self._own.get(id(parameter))
-        if kept is None or kept.dtype != parameter.dtype or kept.get_device() != parameter.get_device():
+        same = kept is not None and kept.shape == parameter.shape and kept.dtype == parameter.dtype
+        if not same or kept.get_device() != parameter.get_device():
             kept = self._own[id(parameter)] = torch.empty_like(parameter, requires_grad=False)
         return kept
 

@@ -113,7 +113,7 @@ class SpectralNorm(nn.Module):
         super()._apply(fn, recurse)
         for key, buffer in self._buffers.items():
             if buffer is not None and buffer.dtype in _LOW:
-                self._buffers[key] = kept[key].to(device=buffer.device)
+                self._buffers[key] = kept[key].to(device=buffer.device, dtype=torch.float32)
         return self
 
     def extra_repr(self) -> str:

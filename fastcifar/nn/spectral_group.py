@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastcifar import dispatch, validation
 from fastcifar.nn.spectral import SpectralNorm
@@ -24,15 +26,15 @@ class _Weights(torch.autograd.Function):
     @staticmethod
     def forward(ctx, parts, names, *originals):
         ctx.parts, ctx.names, ctx.originals = parts, names, originals
-        ctx.versions = [weight._version for weight in originals]
+        ctx.versions = [_version(weight) for weight in originals]
         ctx.set_materialize_grads(False)
         return tuple(_gather(parts, len(originals)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
-        for name, weight, version in zip(ctx.names, ctx.originals, ctx.versions, strict=True):
-            if weight._version != version:
+        for name, weight, version, gradient in zip(ctx.names, ctx.originals, ctx.versions, gradients, strict=True):
+            if gradient is not None and _version(weight) != version:
                 raise RuntimeError(
                     f"SpectralNormGroup: the weight of {name} was changed in place (an optimiser step?) between the "
                     "forward pass and this backward pass; run the backward pass first, or the forward pass again"
@@ -70,9 +72,11 @@ class _GroupedList(parametrize.ParametrizationList):
     def forward(self) -> torch.Tensor:
         # Straight from the dictionaries here and below: attributes of modules cost more than all arithmetic.
         norm = self._modules["0"]
-        if norm._group is None or torch.compiler.is_compiling():
+        group = norm._group
+        # A replica of nn.DataParallel shares its module's group, and its weights are on another device.
+        if group is None or torch.compiler.is_compiling() or group._lists[norm._place] is not self:
             return super().forward()
-        return norm._group._read(norm._place, self._original())
+        return group._read(norm._place, self._original())
 
     def _original(self) -> torch.Tensor:
         original = self._parameters.get("original")
@@ -130,6 +134,7 @@ class SpectralNormGroup:
                 "fastcifar.nn.spectral_norm to its layers first"
             )
         self._run: dict[tuple, Any] = {}
+        _see_fused_steps()
         self.invalidate()
 
     def _take(self, name: str, parameters: parametrize.ParametrizationList) -> None:
@@ -215,14 +220,27 @@ class SpectralNormGroup:
             call = dispatch.Call(device=device, dtype=dtype)
             run = self._run[device, dtype] = dispatch.select("spectral_advance", self.impl, call)
         norms = [self._norms[i] for i in chosen]
+        vectors = [self._vectors(i, originals[i]) for i in chosen]
         return run(
             [originals[i] for i in chosen],
             [norm.dim for norm in norms],
-            [norm._buffers["_u"] for norm in norms],
-            [norm._buffers["_v"] for norm in norms],
+            [u for u, _ in vectors],
+            [v for _, v in vectors],
             n_power_iterations=iterations,
             eps=eps,
         )
+
+    def _vectors(self, place: int, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """u and v as the kernels write them in place; others may have been loaded or given another dtype."""
+        norm, name = self._norms[place], self._names[place]
+        for key in ("_u", "_v"):
+            if not norm._buffers[key].is_contiguous():
+                norm._buffers[key] = norm._buffers[key].contiguous()
+        u, v = norm._buffers["_u"], norm._buffers["_v"]
+        validation.check_singular_vectors(
+            type(self).__name__, name, weight, norm.dim, **{f"u of {name}": u, f"v of {name}": v}
+        )
+        return u, v
 
     def _read(self, place: int, weight: torch.Tensor) -> torch.Tensor:
         outputs = self._outputs
@@ -252,6 +270,22 @@ class SpectralNormGroup:
         return other
 
 
+def _version(weight: torch.Tensor) -> int:
+    return -1 if weight.is_inference() else weight._version
+
+
 def _mark(weight: torch.Tensor) -> tuple:
     """Differs after any change of the weight that can be seen without reading it."""
-    return weight._version, weight.data_ptr(), weight.dtype
+    return _version(weight), weight.data_ptr(), weight.dtype
+
+
+def _count_fused_step(optimiser: torch.optim.Optimizer, *_: Any) -> None:
+    """torch's fused optimisers change weights without a new version, which groups and autograd would not see."""
+    for group in optimiser.param_groups:
+        if group.get("fused"):
+            torch.autograd.graph.increment_version([p for p in group["params"] if p.grad is not None])
+
+
+@functools.cache
+def _see_fused_steps() -> None:
+    register_optimizer_step_post_hook(_count_fused_step)

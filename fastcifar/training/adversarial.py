@@ -19,6 +19,7 @@ from fastcifar.training.checkpoint import Checkpoint, CheckpointError
 from fastcifar.training.diff_augment import NUMBERS, diff_augment
 from fastcifar.training.ema import WeightAverage
 from fastcifar.training.gan import build_gan, discriminator_loss, generator_loss
+from fastcifar.training.networks import check_same_images, moments
 from fastcifar.training.optimisers import GuardedStep, build_optimiser
 from fastcifar.training.options import Recipe
 from fastcifar.training.recipe import names, policies
@@ -305,10 +306,10 @@ class Adversarial:
         for name, update, network in self._updates():
             tensors |= optimiser_tensors(update.optimiser, network, f"optimiser_{name}")
             tensors |= {f"progress.bad_steps_{name}": update.bad_steps, f"progress.first_bad_{name}": update.first_bad}
-        notes = {"seen": self.seen, "class_names": list(self.dataset.class_names)}
+        notes = {"seen": self.seen, "class_names": list(self.dataset.class_names), **moments(self.dataset)}
         if self.judge is not None:
             notes["extractor_sha256"] = self.judge.extractor.digest
-        return tensors | {"progress.sums": self.sums}, notes
+        return tensors | {"progress.sums": self.processes.gather(self.sums)}, notes
 
     def _updates(self) -> list[tuple[str, GuardedStep, nn.Module]]:
         return [("g", self.update_g, self.generator), ("d", self.update_d, self.discriminator)]
@@ -323,8 +324,10 @@ class Adversarial:
         missing = sorted(name for name in expected if name not in checkpoint.tensors)
         if missing:
             raise CheckpointError(f"{checkpoint.path} lacks {missing[0]!r}; it is of another recipe")
-        if self.judge is not None and not self.recipe.eval_only:
-            self.judge.check_same(checkpoint)
+        if not self.recipe.eval_only:
+            check_same_images(checkpoint, self.dataset)
+            if self.judge is not None:
+                self.judge.check_same(checkpoint)
         parts = by_part(checkpoint.tensors)
         self.model.load_state_dict(parts["model"])
         self._keep_buffers()
