@@ -13,7 +13,7 @@ from distributed_case import run_ranks
 from training_case import result_of, status_of, write_tiny
 
 from fastcifar import train
-from fastcifar.training import adversarial, checkpoint, classify, distributed, loop, memory
+from fastcifar.training import adversarial, checkpoint, classify, distributed, loop, memory, optimisers, recipe
 
 COMMON = ["--amp-dtype", "fp32", "--device", "cpu", "--steps", "12", "--save-every", "4", "--eval-every", "0"]
 CLASSIFIER = ["--model-option", "width=0.05", "-b", "16", "--lr", "0.1", "--dataset", "npz:tiny.npz", *COMMON]
@@ -123,6 +123,23 @@ def test_a_bad_step_changes_neither_weights_nor_statistics(policy, run, monkeypa
     else:
         result = json.loads(said.out.splitlines()[-1])
         assert (result["skipped_steps"], result["rollbacks"]) == ((1, 0) if policy == "skip" else (0, 1))
+
+
+@pytest.mark.parametrize("fp16", [False, True], ids=["plain", "scaled"])
+def test_a_bad_first_step_leaves_no_momentum(fp16):
+    """torch's fused SGD takes uninitialised memory for momentum where its first step is skipped."""
+    for _ in range(20):
+        torch.full((64, 64), 1e30)  # what is freed here may be what momentum gets
+        model = torch.nn.Linear(64, 64)
+        chosen = recipe.resolve({"opt": "sgd", "momentum": 0.9, "lr": 0.1, "weight_decay": 0.0}, has_gpu=False)
+        update = optimisers.GuardedStep(
+            optimisers.build_optimiser(chosen, model), model, 0.0, torch.device("cpu"), fp16=fp16
+        )
+        before = model.weight.detach().clone()
+        update(model(torch.full((1, 64), float("inf"))).sum(), 0, 0.1)
+        assert torch.equal(model.weight, before)
+        update(model(torch.ones(1, 64)).sum(), 1, 0.1)
+        torch.testing.assert_close(model.weight, before - 0.19, rtol=0, atol=1e-5)
 
 
 def test_rollback_goes_back_with_half_the_rate(run, monkeypatch, capsys):

@@ -19,7 +19,9 @@ def build_optimiser(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     groups = [group for group in groups if group["params"]]
     if recipe.opt == "sgd":
         nesterov = recipe.momentum > 0
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov, fused=True)
+        optimiser = torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov, fused=True)
+        begin_momentum(optimiser)
+        return optimiser
     kind = torch.optim.Adam if recipe.opt == "adam" else torch.optim.AdamW
     # Only a capturable one may be captured in a CUDA graph; its state lies on the device all the same.
     capturable = trained[0].device.type == "cuda"
@@ -29,7 +31,8 @@ def build_optimiser(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
 def begin_momentum(optimiser: torch.optim.Optimizer) -> None:
     """Gives SGD's parameters that have not been trained yet their first momentum, zero.
 
-    torch's fused SGD takes no group in which some have one and others do not.
+    torch's fused SGD takes no group in which some have one and others do not, and leaves uninitialised memory as
+    momentum where the first step is skipped.
     """
     for group in optimiser.param_groups:
         if isinstance(optimiser, torch.optim.SGD) and group["momentum"]:
