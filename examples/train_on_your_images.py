@@ -41,7 +41,8 @@ def draw_folder(folder: pathlib.Path, each: int) -> None:
 def classify(run: pathlib.Path, picture: pathlib.Path) -> dict[str, float]:
     """Probabilities of the classes of a picture, by name."""
     model, _, dataset, _ = trained.load_classifier(run)
-    pixels = torch.from_numpy(numpy.asarray(Image.open(picture).convert("RGB").resize((32, 32)), numpy.float32) / 255)
+    small = Image.open(picture).convert("RGB").resize((32, 32), Image.Resampling.BOX)  # as in training
+    pixels = torch.from_numpy(numpy.asarray(small, numpy.float32) / 255)
     images = ((pixels - torch.tensor(dataset.mean)) / torch.tensor(dataset.std)).permute(2, 0, 1)[None]
     with torch.no_grad():
         probabilities = model(images).softmax(1)[0].tolist()

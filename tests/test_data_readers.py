@@ -128,6 +128,27 @@ def test_a_broken_image_is_named(tmp_path):
         data.load_dataset(f"folder:{tmp_path}")
 
 
+def test_an_empty_class_is_named_and_hidden_folders_are_none(tmp_path):
+    write_images(tmp_path)
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    assert data.load_dataset(f"folder:{tmp_path}").class_names == ("cat", "dog")
+    (tmp_path / "train" / "dog" / "0.png").rename(tmp_path / "train" / "dog" / "0.heic")
+    with pytest.raises(data.DataError, match="train/dog/ holds no images"):
+        data.load_dataset(f"folder:{tmp_path}")
+
+
+def test_sixteen_bits_become_eight(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    write_images(tmp_path)
+    ramp = numpy.linspace(0, 65535, 32 * 32).round().astype(numpy.uint16).reshape(32, 32)
+    image.fromarray(ramp).save(tmp_path / "train" / "cat" / "0.png")
+    read = data.load_dataset(f"folder:{tmp_path}").train_images[0]
+    assert (abs(read.astype(float) - ramp[..., None] / 257) <= 1).all()
+    image.fromarray(ramp.astype(numpy.float32)).save(tmp_path / "train" / "cat" / "0.tiff")
+    with pytest.raises(data.DataError, match="0.tiff: cannot be read as an image .* mode F"):
+        data.load_dataset(f"folder:{tmp_path}")
+
+
 def arrays():
     images = numpy.zeros((4, 9, 9, 3), numpy.uint8)
     labels = numpy.array([0, 1, 2, 1], numpy.uint8)
@@ -163,4 +184,11 @@ def test_npz_that_does_not_fit(tmp_path, change, message):
 def test_npz_that_lacks_an_array(tmp_path):
     numpy.savez(tmp_path / "a.npz", train_images=arrays()["train_images"])
     with pytest.raises(data.DataError, match="lacks train_labels, test_images, test_labels"):
+        data.load_dataset(f"npz:{tmp_path}/a.npz")
+
+
+def test_an_array_alone_is_no_npz(tmp_path):
+    with open(tmp_path / "a.npz", "wb") as file:
+        numpy.save(file, numpy.zeros(3))
+    with pytest.raises(data.DataError, match="cannot be read"):
         data.load_dataset(f"npz:{tmp_path}/a.npz")
