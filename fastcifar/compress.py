@@ -87,8 +87,11 @@ def _prune(
         state = sparse.state_dict()
     recipe = _recipe(parsed, source.recipe, options, output)
     device = environment.choose_device(parsed.device)
-    task = classify.Classification(recipe, source.dataset, device, distributed.Processes())
+    # Trained on further are the images that the run was trained on; measured is on the test images.
+    dataset = data.hold_out(source.dataset, recipe.holdout)
+    task = classify.Classification(recipe, dataset, device, distributed.Processes())
     task.model.load_state_dict(state)
+    task.restart_average()
     name = f"{parsed.method} {100 * parsed.amount:g} %"
     networks = {name: _write(task.model, source.dataset, output / "pruned.onnx")}
     if parsed.fine_tune:

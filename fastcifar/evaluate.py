@@ -125,7 +125,10 @@ def _classifier(
     picture = output / "confusion.png"
     missing = confusion.draw(matrix, dataset.class_names, picture, title)
     print(missing or f"confusion matrix: {picture}")
-    classes = {name: round(value, 4) for name, value in zip(dataset.class_names, by_class, strict=True)}
+    classes = {
+        name: round(value, 4) if value == value else None
+        for name, value in zip(dataset.class_names, by_class, strict=True)
+    }
     return result | {"accuracy_by_class": classes, "confusion": matrix.tolist()}
 
 
@@ -152,8 +155,11 @@ def _gan(
 ) -> dict[str, Any]:
     wanted = names("--metrics", parsed.metrics or ("fd" if parsed.classifier else "fid") + ",kid,prdc", METRICS)
     gan, class_names = load_gan(saved, chosen, average=not parsed.no_average)
-    if gan.conditional and len(class_names) != dataset.num_classes:
-        raise ValueError(f"{saved.path} draws {len(class_names)} classes, {dataset.name} has {dataset.num_classes}")
+    if gan.conditional and tuple(class_names) != tuple(dataset.class_names):
+        raise ValueError(
+            f"{saved.path} draws {len(class_names)} classes ({', '.join(class_names[:3])}, …), {dataset.name} has "
+            f"{dataset.num_classes} ({', '.join(dataset.class_names[:3])}, …); give its data set"
+        )
     if "cas" in wanted and not gan.conditional:
         raise ValueError(f"cas needs a GAN that was trained with classes, {saved.path} was trained without; drop it")
     lpips = metrics.Lpips(parsed.lpips_weights, device) if "lpips-nn" in wanted else None

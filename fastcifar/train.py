@@ -56,6 +56,8 @@ def _resolve(arguments: Any, has_gpu: bool) -> tuple[Recipe, checkpoint.Checkpoi
         fresh = recipe.resolve(flags, config, has_gpu=has_gpu)
         place = pathlib.Path(fresh.output) if fresh.output else run_folder.newest_folder(_RUNS, _folder_name(fresh))
         if not checkpoint.list_checkpoints(place / "checkpoints"):
+            if fresh.eval_only:
+                raise command_line.UsageError(f"--eval-only: no checkpoint in {place}; give --resume RUN")
             print(f"--resume auto: no checkpoint in {place}, starting from the beginning", flush=True)
             return dataclasses.replace(fresh, output=str(place)), None
     else:
@@ -101,7 +103,8 @@ def _place(chosen: Recipe, saved: checkpoint.Checkpoint | None) -> pathlib.Path:
     place = pathlib.Path(chosen.output)
     if place.exists() and not place.is_dir():
         raise command_line.UsageError(f"--output {place} is a file; give a folder")
-    if saved is None and (found := checkpoint.list_checkpoints(place / "checkpoints")):
+    own = saved is not None and place.resolve() == checkpoint.run_folder(saved.path).resolve()
+    if not own and (found := checkpoint.list_checkpoints(place / "checkpoints")):
         raise command_line.UsageError(
             f"--output {place} already holds a run ({found[0].name}); pass --resume auto to go on with it, or choose "
             "another folder"

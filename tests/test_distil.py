@@ -189,3 +189,15 @@ def test_a_gan_teaches_nothing(place, tiny, capsys):
     assert "holds the GAN aw_sngan; --teacher needs a classifier's run" in capsys.readouterr().err
     assert status_of(["--dataset", source, "--model", "aw_sngan", "--steps", 2, "--teacher", "gan"]) == 2
     assert "--teacher is for classifiers, aw_sngan is a GAN" in capsys.readouterr().err
+
+
+def test_a_teacher_sees_images_as_it_was_trained_on_them(tiny, teacher):
+    """A student on other images is normalised by their moments; the teacher's answers do not depend on them."""
+    other = tiny.normalised_as((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    found = []
+    for dataset in (tiny, other):
+        pixels = torch.from_numpy(tiny.test_images).permute(0, 3, 1, 2) / 255
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (dataset.mean, dataset.std))
+        asked = Teacher(teacher, dataset, torch.device("cpu"), torch.float32, "reference")
+        found.append(asked.logits((pixels - mean) / std))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)

@@ -1,5 +1,6 @@
 """Training, evaluating and generating with GANs as a user does."""
 
+import dataclasses
 import json
 
 import numpy
@@ -256,3 +257,20 @@ def test_first_weights_of_a_gan_are_its_averaged_generator_and_its_discriminator
         if name.startswith("ema."):
             assert torch.equal(tensors[name.replace("ema.", "generator.", 1)], tensor)
     assert status_of([*options, "--init-weights", tmp_path / "averaged", "--output", tmp_path / "on"]) == 0
+
+
+def test_a_judge_sees_images_as_it_was_trained_on_them(run, monkeypatch, tmp_path):
+    """Real images of a set with other training images are no further from themselves."""
+    monkeypatch.setenv("FASTCIFAR_CACHE", str(tmp_path))
+    own = data.load_dataset(f"npz:{run}/tiny.npz")
+    other = dataclasses.replace(own, train_images=own.train_images // 2)
+    assert own.mean != other.mean
+    features = [judging.classifier_features(str(run / "classifier"), d, CPU)(own.test_images) for d in (own, other)]
+    assert torch.equal(*features)
+
+
+def test_too_few_samples_for_neighbours_are_refused_before_training(run, tmp_path, capsys):
+    arguments = ["--model", "aw_sngan", "--dataset", f"npz:{run}/tiny.npz", "--classifier", run / "classifier"]
+    arguments += ["--metrics", "prdc", "--metric-samples", "5", "--output", tmp_path / "run"]
+    assert status_of(arguments) == 2
+    assert "prdc needs more than 5 samples" in capsys.readouterr().err

@@ -144,7 +144,8 @@ def silent(extractor):
     """The same network, which must not be asked for features."""
 
     class Silent:
-        dimension, device, digest = extractor.dimension, extractor.device, extractor.digest
+        dimension, device = extractor.dimension, extractor.device
+        digest, settings = extractor.digest, extractor.settings
 
     return Silent()
 
@@ -152,7 +153,7 @@ def silent(extractor):
 def test_a_reference_is_read_from_its_cache(tmp_path):
     images = numpy.concatenate(list(image_batches(300, 50, 200)))
     extractor = Pixels()
-    extractor.digest = "0123456789abcdef"
+    extractor.digest, extractor.settings = "0123456789abcdef", "mean 0.5"
     made = metrics.Reference.of_images(extractor, images, tmp_path)
     (place,) = tmp_path.iterdir()
     assert extractor.digest in place.name
@@ -163,8 +164,10 @@ def test_a_reference_is_read_from_its_cache(tmp_path):
     metrics.Reference.of_images(extractor, images[1:], tmp_path)
     extractor.digest = "f" * 16
     metrics.Reference.of_images(extractor, images, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 3
-    extractor.digest = "0123456789abcdef"
+    extractor.digest, extractor.settings = "0123456789abcdef", "mean 0.4"
+    metrics.Reference.of_images(extractor, images, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
+    extractor.settings = "mean 0.5"
     place.write_bytes(place.read_bytes()[:-9])
     assert torch.equal(metrics.Reference.of_images(extractor, images, tmp_path).features, made.features)
     assert len(place.read_bytes()) > 1000

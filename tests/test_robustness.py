@@ -72,7 +72,8 @@ def test_an_attack_leaves_no_trace_and_keeps_its_bounds(impl):
 def task(source, **options):
     dataset = data.load_dataset(source)
     flags = {"model_options": {"width": 0.25}, "batch_size": 8, "steps": 4, "amp_dtype": "fp32", "lr": 0.05}
-    chosen = recipe.resolve({**flags, "adversarial_steps": 2, **options}, has_gpu=False)
+    steps = {"adversarial_steps": 2} if "adversarial" in options else {}
+    chosen = recipe.resolve({**flags, **steps, **options}, has_gpu=False)
     chosen = recipe.with_budget(chosen, len(dataset.train_images))
     return Classification(chosen, dataset, CPU, distributed.Processes())
 
@@ -144,8 +145,9 @@ def test_the_start_is_the_same_for_any_number_of_ranks(source):
 def test_training_on_adversarial_images_makes_robust(source, tmp_path, capsys):
     accuracy = {}
     for kind in ("off", "pgd"):
-        extra = ["--adversarial", kind, "--adversarial-eps", "24/255", "--adversarial-step-size", "0.04"]
-        run = [*TINY, "--dataset", source, "--steps", 60, "--lr", 0.1, *extra, "--adversarial-steps", 4]
+        run = [*TINY, "--dataset", source, "--steps", 60, "--lr", 0.1, "--adversarial", kind]
+        if kind == "pgd":
+            run += ["--adversarial-eps", "24/255", "--adversarial-step-size", "0.04", "--adversarial-steps", 4]
         assert status_of([*run, "--eval-every", 0, "--output", tmp_path / kind]) == 0
         attack = ["--pgd", "--pgd-eps", "24/255", "--pgd-images", 40, "--amp-dtype", "fp32"]
         assert status_of(["--checkpoint", tmp_path / kind, *attack], evaluate.main) == 0

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -304,3 +305,54 @@ def test_a_network_sees_other_images_as_it_saw_its_own(source, tmp_path, capsys)
     capsys.readouterr()
     assert status_of(["--resume", "run"]) == 2
     assert "was trained on other images" in capsys.readouterr().err
+
+
+def test_a_run_does_not_go_on_in_the_folder_of_another(source, tmp_path, capsys):
+    assert status_of(start(source, "--steps", 6, "--save-every", 5, "--output", "one")) == 0
+    assert status_of(start(source, "--steps", 3, "--seed", 2, "--output", "two")) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "two").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    arguments = ["--resume", "one/checkpoints/step-00000005"]
+    assert status_of([*arguments, "--output", "two"]) == 2
+    assert "--output two already holds a run" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "two").rglob("*") if path.is_file()} == before
+    assert status_of([*arguments, "--output", "three"]) == 0
+    assert status_of([*arguments, "--output", tmp_path / "one"]) == 0
+
+
+def test_evaluating_without_a_checkpoint_is_refused(source, capsys):
+    assert status_of(start(source, "--eval-only", "--resume", "auto", "--output", "runs/tpyo")) == 2
+    assert "no checkpoint in runs/tpyo" in capsys.readouterr().err and not os.path.exists("runs/tpyo")
+
+
+def test_a_job_script_with_first_weights_may_be_started_again(source, capsys):
+    assert status_of(start(source, "--steps", 2, "--output", "first")) == 0
+    arguments = start(source, "--steps", 6, "--save-every", 4, "--init-weights", "first", "--output", "run")
+    assert status_of([*arguments, "--resume", "auto"]) == 0
+    whole = result_of(capsys)
+    shutil.rmtree("run/checkpoints/step-00000006")
+    assert status_of([*arguments, "--resume", "auto"]) == 0
+    again = result_of(capsys)
+    assert (again["resumed_at"], again["state_sha256"]) == (4, whole["state_sha256"])
+    assert checkpoint.find("run", print).config["init_weights"] == "first"
+
+
+def test_weights_that_know_the_held_out_images_are_warned_of(source, capsys):
+    assert status_of(start(source, "--steps", 1, "--output", "all")) == 0
+    assert status_of(start(source, "--steps", 1, "--holdout", 20, "--output", "some")) == 0
+    for option in ("--init-weights", "--teacher", "--backbone"):
+        for run, warned in (("all", True), ("some", False)):
+            capsys.readouterr()
+            place = f"{option.strip('-')}-{run}"
+            assert status_of(start(source, "--steps", 1, "--holdout", 20, option, run, "--output", place)) == 0
+            assert (f"WARNING: {option} {run}/checkpoints" in capsys.readouterr().out) == warned
+
+
+def test_a_tracking_service_that_fails_ends_nothing(source, monkeypatch, capsys):
+    class Broken(FakeService):
+        def log(self, values, step):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(sys.modules, "wandb", Broken())
+    assert status_of(start(source, "--steps", 3, "--eval-every", 1, "--wandb", "--output", "run")) == 0
+    assert capsys.readouterr().out.count("a tracker failed and gets no more metrics (OSError") == 1

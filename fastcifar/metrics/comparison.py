@@ -56,13 +56,13 @@ class Reference:
         """That of real images uint8 [N, H, W, 3].
 
         Args:
-            extractor: has a `digest` as well where there is a cache.
+            extractor: has a `digest` and `settings` as well where there is a cache.
             images: all of them.
             cache: folder where it is looked up and kept, under the hashes of extractor and images.
         """
         place = None
         if cache is not None:
-            content = f"{images.shape} selection".encode() + numpy.ascontiguousarray(images).data
+            content = f"{images.shape} selection {extractor.settings}".encode() + numpy.ascontiguousarray(images).data
             content = hashlib.sha256(content).hexdigest()
             place = cache / f"reference-{extractor.digest[:16]}-{content[:16]}.safetensors"
             if place.is_file() and (found := cls._read(extractor, place)) is not None:

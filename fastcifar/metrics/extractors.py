@@ -17,6 +17,7 @@ class ClassifierFeatures:
 
     Attributes:
         dimension: D. device: of network and features. resize: what is done to the images' size, "none".
+        settings: what else than `digest` and images its features depend on.
 
     Raises:
         ValueError: a network without a linear layer.
@@ -34,6 +35,7 @@ class ClassifierFeatures:
         self._mean, self._std = (
             torch.as_tensor(values, dtype=torch.float32, device=self.device).view(3, 1, 1) for values in (mean, std)
         )
+        self.settings = f"{[float(m) for m in mean]} {[float(s) for s in std]}"
         self._seen: list[torch.Tensor] = []
         layers[-1].register_forward_pre_hook(lambda module, inputs: self._seen.append(inputs[0]))
 

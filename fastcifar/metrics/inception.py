@@ -47,6 +47,7 @@ class InceptionFeatures:
 
     dimension = 2048
     resize = "bilinear to 299×299, in the network"
+    settings = ""
 
     def __init__(
         self, weights: str | None = None, device: torch.device | str = "cpu", *, notify: Callable[[str], None] = print

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 _BLOCK = 1000
+# k of the published figures.
+NEIGHBOURS = 5
 
 
 def kernel_distance(
@@ -50,7 +52,7 @@ def _radii(features: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def precision_recall_density_coverage(
-    real: torch.Tensor, generated: torch.Tensor, *, neighbours: int = 5
+    real: torch.Tensor, generated: torch.Tensor, *, neighbours: int = NEIGHBOURS
 ) -> dict[str, float]:
     """Precision, recall, density and coverage by balls to the k-th nearest neighbour.
 

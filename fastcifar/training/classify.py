@@ -17,7 +17,7 @@ from fastcifar.training.capture import Feed, build_graph
 from fastcifar.training.checkpoint import Checkpoint, CheckpointError
 from fastcifar.training.distil import Teacher, distillation_loss
 from fastcifar.training.ema import WeightAverage
-from fastcifar.training.networks import build_model, moments
+from fastcifar.training.networks import build_model, check_same_images, moments
 from fastcifar.training.optimisers import GuardedStep, begin_momentum, build_optimiser
 from fastcifar.training.options import Recipe
 from fastcifar.training.robustness import AdversarialTraining
@@ -74,7 +74,9 @@ class Classification:
         recipe = self.recipe
         if not recipe.teacher or recipe.eval_only:
             return None, None
-        teacher = Teacher(recipe.teacher, self.dataset, self.device, self.amp_dtype, recipe.impl)
+        teacher = Teacher(
+            recipe.teacher, self.dataset, self.device, self.amp_dtype, recipe.impl, holdout=recipe.holdout
+        )
         if not recipe.kd_cache:
             return teacher, None
         if self.processes.world_size > 1:
@@ -290,16 +292,6 @@ class Classification:
                 f"{str(now)[:12]}; pass the same one"
             )
 
-    def _check_images(self, checkpoint: Checkpoint) -> None:
-        """Another data set, such as --dataset auto may find, would be another run."""
-        now = moments(self.dataset)
-        before = {name: checkpoint.state.get(name, value) for name, value in now.items()}
-        if before != now and not self.recipe.eval_only:
-            raise CheckpointError(
-                f"{checkpoint.path} was trained on other images than {self.dataset.source}: their mean was "
-                f"{before['mean']}, here it is {now['mean']}; give its data set"
-            )
-
     def load_state(self, checkpoint: Checkpoint) -> None:
         """Takes over everything of a checkpoint of the same recipe.
 
@@ -312,7 +304,8 @@ class Classification:
         if missing:
             raise CheckpointError(f"{checkpoint.path} lacks {missing[0]!r}; it is of another recipe")
         self._check_teacher(checkpoint)
-        self._check_images(checkpoint)
+        if not self.recipe.eval_only:
+            check_same_images(checkpoint, self.dataset)
         parts = by_part(tensors)
         self.model.load_state_dict(parts["model"])
         self.update.keep_buffers()

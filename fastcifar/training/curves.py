@@ -43,5 +43,11 @@ _GAN_PANELS = [
     ("loss", {"loss_d": {"label": "discriminator"}, "loss_g": {"label": "generator"}}),
     ("mean logit", {"logit_real": {"label": "D(real)"}, "logit_fake": {"label": "D(fake)"}}),
     ("weight", {"weight_real": {"label": "w_r"}, "weight_fake": {"label": "w_f"}}),
-    ("Fréchet distance, classifier features", {"fd": {"label": "test images", "color": "tab:red", "marker": "o"}}),
+    (
+        "Fréchet distance to test images",
+        {
+            "fd": {"label": "classifier features", "color": "tab:red", "marker": "o"},
+            "fid": {"label": "Inception features (FID)", "color": "tab:purple", "marker": "o"},
+        },
+    ),
 ]

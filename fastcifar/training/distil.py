@@ -29,6 +29,7 @@ class Teacher:
         path: its run or checkpoint; averaged weights are taken where it has them.
         dataset: that the student learns.
         device, amp_dtype, impl: of the student.
+        holdout: training images that the student is judged by; a teacher that knows them is warned of.
 
     Attributes:
         digest: SHA-256 of its tensors.
@@ -37,14 +38,34 @@ class Teacher:
         ValueError: there is none, it is a GAN's, or it knows another number of classes.
     """
 
-    def __init__(self, path: str, dataset: data.ImageDataset, device: torch.device, amp_dtype: torch.dtype, impl: str):
-        network, _, self.digest = trained_classifier("--teacher", path, dataset, impl)
-        self._network = network.to(device=device, memory_format=torch.channels_last)
+    def __init__(
+        self,
+        path: str,
+        dataset: data.ImageDataset,
+        device: torch.device,
+        amp_dtype: torch.dtype,
+        impl: str,
+        *,
+        holdout: int = 0,
+    ):
+        found = trained_classifier("--teacher", path, dataset, impl, holdout=holdout)
+        self.digest = found.digest
+        self._network = found.network.to(device=device, memory_format=torch.channels_last)
         self._amp_dtype = amp_dtype
+        self._renormalise = None
+        if (tuple(found.mean), tuple(found.std)) != (tuple(dataset.mean), tuple(dataset.std)):
+            mean, std, own_mean, own_std = (
+                torch.tensor(values, device=device).view(3, 1, 1)
+                for values in (dataset.mean, dataset.std, found.mean, found.std)
+            )
+            self._renormalise = std / own_std, (mean - own_mean) / own_std
 
     @torch.no_grad()
     def logits(self, images: torch.Tensor) -> torch.Tensor:
         """Images [N, 3, H, W], normalised as the student's, to logits [N, classes], float32."""
+        if self._renormalise is not None:
+            scale, shift = self._renormalise
+            images = torch.addcmul(shift, images.float(), scale).to(images.dtype)
         enabled = self._amp_dtype != torch.float32
         with torch.autocast(images.device.type, self._amp_dtype, enabled=enabled):
             return self._network(images).float()

@@ -32,6 +32,11 @@ class Judge:
     def __init__(self, extractor: Any, dataset: data.ImageDataset, wanted: tuple[str, ...], count: int, split="test"):
         self.extractor, self.wanted, self.count, self.split = extractor, wanted, count, split
         images = getattr(dataset, f"{split}_images")
+        if "prdc" in wanted and min(count, len(images)) <= metrics.NEIGHBOURS:
+            raise ValueError(
+                f"prdc needs more than {metrics.NEIGHBOURS} samples and {split} images, got {count} and {len(images)}; "
+                "drop it from --metrics"
+            )
         self.reference = metrics.Reference.of_images(extractor, images, cache_folder())
 
     def describe(self) -> dict[str, Any]:
@@ -142,7 +147,7 @@ def classifier_features(path: str, dataset: data.ImageDataset, device: torch.dev
     Raises:
         ValueError: there is none, it is a GAN's, or of another number of classes.
     """
-    network, name, digest = trained_classifier("--classifier", path, dataset)
+    found = trained_classifier("--classifier", path, dataset)
     return metrics.ClassifierFeatures(
-        network.to(device), dataset.mean, dataset.std, name=f"classifier {name}", digest=digest
+        found.network.to(device), found.mean, found.std, name=f"classifier {found.name}", digest=found.digest
     )

@@ -170,6 +170,11 @@ class Loop:
             if self.folder.problem and not self._refused:
                 self.progress.message(f"WARNING: metrics cannot be written ({self.folder.problem}); tried again later")
             self._refused = self.folder.problem is not None
+            if self.folder.lost_tracker:
+                self.progress.message(
+                    f"WARNING: a tracker failed and gets no more metrics ({self.folder.lost_tracker})"
+                )
+                self.folder.lost_tracker = None
         self.progress.show(row)
         self._watch_pace(steps, seconds)
         graph = self.task.graph

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -50,6 +51,28 @@ def moments(dataset: data.ImageDataset) -> dict[str, list[float]]:
     return {"mean": list(dataset.mean), "std": list(dataset.std)}
 
 
+def check_same_images(checkpoint: Checkpoint, dataset: data.ImageDataset) -> None:
+    """Another data set, such as --dataset auto may find, would be another run.
+
+    Raises:
+        CheckpointError: its images or classes are others than the run's so far.
+    """
+    now = moments(dataset)
+    before = {name: checkpoint.state.get(name, value) for name, value in now.items()}
+    if before != now:
+        raise CheckpointError(
+            f"{checkpoint.path} was trained on other images than {dataset.source}: their mean was {before['mean']}, "
+            f"here it is {now['mean']}; give its data set"
+        )
+    known = checkpoint.state.get("class_names", list(dataset.class_names))
+    if known != list(dataset.class_names):
+        odd = next(pair for pair in itertools.zip_longest(known, dataset.class_names) if pair[0] != pair[1])
+        raise CheckpointError(
+            f"{checkpoint.path} knows other classes than {dataset.source}: {odd[0]!r} there is {odd[1]!r} here; give "
+            "its data set"
+        )
+
+
 def as_trained(dataset: data.ImageDataset, checkpoint: Checkpoint) -> data.ImageDataset:
     """The data set, normalised as the one that a checkpoint's network was trained on (older ones do not say how)."""
     state = checkpoint.state
@@ -75,13 +98,31 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     model.load_state_dict(tensors)
 
 
-def trained_classifier(
-    option: str, path: str, dataset: data.ImageDataset, impl: str = "auto"
-) -> tuple[nn.Module, str, str]:
-    """The classifier of the run or checkpoint at `path`, which judges or teaches another network of this data set.
+def warn_of_seen_images(option: str, source: Checkpoint, holdout: int) -> None:
+    """Says so where weights from elsewhere come from a run that trained on images which are held out here."""
+    if source.config.get("holdout", 0) < holdout:
+        print(
+            f"WARNING: {option} {source.path} was trained on images that --holdout {holdout} judges by, so the figures "
+            f"are too good; train it with --holdout {holdout}, too",
+            flush=True,
+        )
 
-    Returns:
-        The network in evaluation mode, without gradients, on the CPU; its name; SHA-256 of its tensors.
+
+class TrainedClassifier(NamedTuple):
+    """A network in evaluation mode, without gradients, on the CPU; its name; SHA-256 of its tensors; how the images
+    that it was trained on were normalised."""
+
+    network: nn.Module
+    name: str
+    digest: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def trained_classifier(
+    option: str, path: str, dataset: data.ImageDataset, impl: str = "auto", *, holdout: int = 0
+) -> TrainedClassifier:
+    """The classifier of the run or checkpoint at `path`, which judges or teaches another network of this data set.
 
     Raises:
         ValueError: there is none, it is a GAN's, or it knows another number of classes; the message names `option`.
@@ -91,6 +132,7 @@ def trained_classifier(
     name = config["model"]
     if name in models.list_models(gan=True):
         raise ValueError(f"{saved.path} holds the GAN {name}; {option} needs a classifier's run")
+    dataset = as_trained(dataset, saved)
     network = _create(name, config["model_options"], dataset, impl)
     last = [key for key, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
     weight = network_of(saved).get(f"{last}.weight")
@@ -100,5 +142,6 @@ def trained_classifier(
             "classifier of the same classes"
         )
     load_weights(network, saved)
+    warn_of_seen_images(option, saved, holdout)
     digest = checkpoints.state_sha256({f"model.{key}": tensor for key, tensor in network.state_dict().items()})
-    return network.eval().requires_grad_(False), name, digest
+    return TrainedClassifier(network.eval().requires_grad_(False), name, digest, dataset.mean, dataset.std)

@@ -131,7 +131,7 @@ def _base(given: Mapping[str, Any], has_gpu: bool) -> dict[str, Any]:
 
 
 def _check_together(recipe: Recipe) -> None:
-    if recipe.resume and recipe.init_weights:
+    if recipe.resume not in (None, "auto") and recipe.init_weights:
         raise ValueError("--resume continues a whole run and --init-weights starts a new one; give one of them")
     if recipe.eval_only and not (recipe.resume or recipe.init_weights):
         raise ValueError("--eval-only needs weights: give --resume or --init-weights")
@@ -151,11 +151,8 @@ def _check_together(recipe: Recipe) -> None:
         transfer.read_phases(recipe.phases)
     if recipe.model in models.list_models(gan=True):
         _check_gan(recipe)
-    elif recipe.unconditional or recipe.loss != "auto" or recipe.diffaugment != "off":
-        raise ValueError(
-            f"--unconditional, --loss and --diffaugment are for GANs ({', '.join(models.list_models(gan=True))}), "
-            f"{recipe.model} is a classifier"
-        )
+    else:
+        _check_classifier(recipe)
     if recipe.sched == "constant" and recipe.opt == "sgd" and recipe.lr == 0.0:
         raise ValueError("--lr 0 trains nothing; give a rate above 0")
 
@@ -171,6 +168,19 @@ def _check_cache(recipe: Recipe) -> None:
             )
 
 
+def _check_classifier(recipe: Recipe) -> None:
+    default, gans = Recipe(), ", ".join(models.list_models(gan=True))
+    for option in ("unconditional", "loss", "n_dis", "diffaugment", "classifier", "metrics"):
+        if getattr(recipe, option) != getattr(default, option):
+            raise ValueError(f"{flag(option)} is for GANs ({gans}), {recipe.model} is a classifier")
+    wanted = {"adversarial": ("adversarial_eps", "adversarial_step_size", "adversarial_steps", "trades_beta")}
+    wanted["teacher"] = ("kd_temperature", "kd_weight")
+    for needed, options in wanted.items():
+        changed = [option for option in options if getattr(recipe, option) != getattr(default, option)]
+        if changed and getattr(recipe, needed) in (None, "off"):
+            raise ValueError(f"{flag(changed[0])} does nothing without {flag(needed)}; give both or neither")
+
+
 def _check_gan(recipe: Recipe) -> None:
     for option in ("mixup", "cutmix", "cutout", "color_jitter", "label_smoothing", "crop_pad"):
         if getattr(recipe, option):
@@ -180,6 +190,8 @@ def _check_gan(recipe: Recipe) -> None:
             raise ValueError(f"{flag(option)} is for classifiers, {recipe.model} is a GAN")
     if recipe.amp_dtype == "fp16":
         raise ValueError("--amp-dtype fp16 is not for GANs: two losses share no scale; use bf16 or fp32")
+    if recipe.compile:
+        raise ValueError(f"--compile is for classifiers; {recipe.model} runs its fused operators without")
     if recipe.tta:
         raise ValueError(f"--tta is for classifiers, not for {recipe.model}")
     if recipe.opt == "sgd":
@@ -208,7 +220,8 @@ def with_budget(recipe: Recipe, images: int) -> Recipe:
     Raises:
         ValueError: more warm-up steps than steps.
     """
-    steps = recipe.steps if recipe.epochs is None else max(1, math.ceil(recipe.epochs * images / recipe.batch_size))
+    seen = recipe.batch_size * recipe.n_dis
+    steps = recipe.steps if recipe.epochs is None else max(1, math.ceil(recipe.epochs * images / seen))
     warmup = recipe.warmup_steps
     if warmup is None:
         warmup = round(_WARMUP_SHARE[recipe.sched] * steps)

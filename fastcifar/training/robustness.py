@@ -97,9 +97,9 @@ def projected_gradient(
     return changed
 
 
-def _divergence(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Mean KL divergence of softmax(logits) from softmax(wanted), both [N, classes]."""
-    return F.kl_div(logits.log_softmax(1), wanted.log_softmax(1), reduction="batchmean", log_target=True)
+def _divergence(logits: torch.Tensor, wanted: torch.Tensor, reduction: str = "batchmean") -> torch.Tensor:
+    """KL divergence of softmax(logits) from softmax(wanted), both [N, classes]; the mean over images, or "sum"."""
+    return F.kl_div(logits.log_softmax(1), wanted.log_softmax(1), reduction=reduction, log_target=True)
 
 
 class AdversarialTraining:
@@ -138,7 +138,10 @@ class AdversarialTraining:
                     clean = model(images).float()
 
         def objective(logits: torch.Tensor) -> torch.Tensor:
-            return _divergence(logits, clean) if trades else F.cross_entropy(logits, labels)
+            # Only signs of its gradient count; those of a mean over many images would vanish in float16.
+            if trades:
+                return _divergence(logits, clean, "sum")
+            return F.cross_entropy(logits, labels, reduction="sum")
 
         steps = self.recipe.adversarial_steps
         changed = projected_gradient(model, images, objective, self.limits, steps, start, self.amp_dtype)

@@ -71,6 +71,7 @@ class RunFolder:
         self.path, self.columns = path, columns
         self.trackers: list[Callable[[dict[str, Any]], None]] = []
         self.problem: str | None = None
+        self.lost_tracker: str | None = None
         durable.make_folder(path)
         self._claim = claim(path)
         self.rows = _read_rows(path / "metrics.jsonl", columns)
@@ -123,8 +124,12 @@ class RunFolder:
             self.problem = None
         except OSError as error:
             self.problem = str(error)
-        for tracker in self.trackers:
-            tracker(row)
+        for tracker in list(self.trackers):
+            try:
+                tracker(row)
+            except Exception as error:  # a service of others must not end the run
+                self.trackers.remove(tracker)
+                self.lost_tracker = f"{type(error).__name__}: {error}"
 
     def _append(self, row: dict[str, Any]) -> None:
         with open(self.path / "metrics.jsonl", "a") as file:

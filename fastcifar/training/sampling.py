@@ -127,8 +127,9 @@ def write_grids(
     save_png(folder / f"fakes-{step:06d}.png", grid(to_uint8(generate(generator, latents, labels)), _GRID_SAMPLES))
     if not (folder / "reals.png").exists():
         if gan.conditional:
-            places = [numpy.flatnonzero(dataset.train_labels == label)[:_GRID_SAMPLES] for label in classes]
-            chosen = numpy.concatenate(places)
+            places = [numpy.flatnonzero(dataset.train_labels == label) for label in classes]
+            # A class of few images repeats them, so that the rows stay those of the classes.
+            chosen = numpy.concatenate([numpy.resize(place, _GRID_SAMPLES) for place in places])
         else:
-            chosen = numpy.arange(count)
+            chosen = numpy.arange(min(count, len(dataset.train_images)))
         save_png(folder / "reals.png", grid(dataset.train_images[chosen], _GRID_SAMPLES))

@@ -15,7 +15,7 @@ from fastcifar.data.tensors import read_tensors
 from fastcifar.models.xception import published_weights
 from fastcifar.training import checkpoint
 from fastcifar.training.checkpoint import CheckpointError
-from fastcifar.training.networks import load_weights, network_of
+from fastcifar.training.networks import load_weights, network_of, warn_of_seen_images
 from fastcifar.training.options import Recipe
 
 PUBLISHED = "imagenet"
@@ -73,13 +73,14 @@ def freeze(model: nn.Module, frozen: bool) -> None:
         part.requires_grad_(not frozen).train(not frozen)
 
 
-def read_backbone(source: str, model: str) -> dict[str, torch.Tensor]:
+def read_backbone(source: str, model: str, holdout: int = 0) -> dict[str, torch.Tensor]:
     """Tensors that a backbone may begin with.
 
     Args:
         source: a run or checkpoint, a file of tensors (.safetensors, or .pth of torch.save), or "imagenet" for the
             published weights of `model`.
         model: name of the network that they are for.
+        holdout: training images that the run is judged by; a source that knows them is warned of.
 
     Raises:
         ValueError: there are none, they cannot be read, or "imagenet" for a network that has no such weights.
@@ -94,7 +95,9 @@ def read_backbone(source: str, model: str) -> dict[str, torch.Tensor]:
             raise ValueError(f"{error}, or give a copy of the file: --backbone FILE") from error
     if path.is_file():
         return read_tensors(path.read_bytes(), str(path))
-    return network_of(checkpoint.find(path, notify=print))
+    saved = checkpoint.find(path, notify=print)
+    warn_of_seen_images("--backbone", saved, holdout)
+    return network_of(saved)
 
 
 def load_backbone(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
@@ -133,8 +136,9 @@ def first_weights(recipe: Recipe, saved: checkpoint.Checkpoint | None) -> Callab
     source = backbone = None
     if saved is None and recipe.init_weights:
         source = checkpoint.find(recipe.init_weights, notify=print)
+        warn_of_seen_images("--init-weights", source, recipe.holdout)
     if saved is None and recipe.backbone not in (None, "none"):
-        backbone = read_backbone(recipe.backbone, recipe.model)
+        backbone = read_backbone(recipe.backbone, recipe.model, recipe.holdout)
 
     def put(task: Any) -> None:
         if source is not None:
