@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from fastcifar import reference
 from fastcifar.fuse import unfuse
+from fastcifar.fusing.reading import has_hooks
 from fastcifar.nn import BatchNormAct, ConditionalBatchNormAct, DepthwiseConvBNAct
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -120,7 +121,8 @@ def _plain_conditional(module: ConditionalBatchNormAct, name: str) -> nn.Module:
 def _pairs(model: nn.Module) -> dict[str, str]:
     """The path of the convolution that feeds each normalisation, and nothing else, by the normalisation's path."""
     try:
-        nodes = _Tracer().trace(model).nodes
+        # On a copy, because a forward may keep what it is traced with.
+        nodes = _Tracer().trace(copy.deepcopy(model)).nodes
     except Exception as error:  # whatever a forward may raise when it meets a symbolic tensor
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"fold_batch_norm: {type(model).__name__}.forward cannot be traced: {reason}") from error
@@ -130,9 +132,11 @@ def _pairs(model: nn.Module) -> dict[str, str]:
         source = node.args[0] if node.op == "call_module" and node.args else None
         if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
             continue
-        if calls[node.target] == calls[source.target] == 1:
-            if isinstance(model.get_submodule(source.target), _CONVOLUTIONS):
-                found[node.target] = source.target
+        if source in (*node.args[1:], *node.kwargs.values()) or not calls[node.target] == calls[source.target] == 1:
+            continue
+        conv = model.get_submodule(source.target)
+        if isinstance(conv, _CONVOLUTIONS) and not has_hooks(conv):
+            found[node.target] = source.target
     return found
 
 
@@ -143,7 +147,8 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
     act(BN(conv(x)) + residual) with the running statistics μ, σ² is act(conv′(x) + residual), W′ = W·γ/√(σ² + ε) and
     b′ = β + (b − μ)·γ/√(σ² + ε), computed in float64. `DepthwiseConvBNAct` becomes a convolution and an activation; a
     normalisation that follows a convolution, and alone uses its output, becomes part of it; any other becomes a scale
-    and a shift of each channel; γ and β of a conditional one take the statistics into their tables.
+    and a shift of each channel; γ and β of a conditional one take the statistics into their tables. A layer with hooks
+    stays as it is.
 
     Args:
         model: any module that `torch.fx` can trace, fused or not; it stays as it is.
@@ -169,6 +174,8 @@ def fold_batch_norm(model: nn.Module) -> nn.Module:
 
 def _plain(model: nn.Module, name: str, module: nn.Module, source: str | None) -> dict[nn.Module, nn.Module]:
     """What stands in for a module, and for the convolution that feeds it."""
+    if has_hooks(module):
+        return {}
     if isinstance(module, DepthwiseConvBNAct):
         return {module: _plain_depthwise(module, name)}
     if isinstance(module, ConditionalBatchNormAct):

@@ -28,16 +28,19 @@ def fuse(model: nn.Module, *, batch_norm: bool = True, impl: str = "auto") -> Re
     BatchNorm2d becomes `batch_norm_act`, together with the addition of a residual and the activation that follow it.
 
     Works in place. The modules, their parameters, buffers, names, order, modes and state-dict keys stay what they are;
-    outputs, gradients and buffers are those of the original up to rounding. Only classes are exchanged, for subclasses
-    with another `forward`, so optimisers made before, `train()`, `eval()`, `to()`, `copy.deepcopy`, checkpoints of the
-    original, DistributedDataParallel and `torch.compile(fullgraph=True)` work. A second call starts from the original.
+    outputs, gradients and buffers are those of the original up to rounding, their memory formats, too: what was
+    contiguous is copied to be so (make the model and its input channels-last to save that). Only classes are exchanged,
+    for subclasses with another `forward`, so optimisers made before, `train()`, `eval()`, `to()`, `copy.deepcopy`,
+    checkpoints of the original, DistributedDataParallel and `torch.compile(fullgraph=True)` work. A second call starts
+    from the original.
 
     Fused is what is proven to be in sequence: neighbours in an `nn.Sequential`, and what `torch.fx` can trace in the
     forward of the module that holds the first layer (additions and activations may be functions there). The batch
     normalisation may be `nn.BatchNorm2d` with any options, `nn.SyncBatchNorm` or timm's `BatchNormAct2d`; the
     activation ReLU, ReLU6, LeakyReLU, SiLU, Hardswish or none. What is fused runs as in the original whenever somebody
     would notice otherwise: a module with hooks or called on its own, a child that was exchanged, `torch.fx`,
-    `torch.jit.trace` and `torch.export`. After changing what a forward does, call `fuse` again.
+    `torch.jit.trace`, `torch.export` and the transforms of `torch.func`. After changing what a forward does, call
+    `fuse` again.
 
     Args:
         model: any module; wrappers such as DistributedDataParallel are looked into.

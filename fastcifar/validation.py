@@ -105,7 +105,7 @@ def check_batch_norm_options(
         raise ValueError(f"{operator}: training=False needs running_mean and running_var, got None")
     if activation not in ACTIVATIONS:
         raise ValueError(f"{operator}: {_unknown('activation', activation, ACTIVATIONS)}")
-    if not math.isfinite(negative_slope):
+    if not abs(negative_slope) < math.inf:
         raise ValueError(f"{operator}: negative_slope must be finite, got {negative_slope!r}")
     if not 0.0 <= momentum <= 1.0:
         raise ValueError(f"{operator}: momentum must lie in [0, 1], got {momentum!r}")

@@ -7,7 +7,7 @@ from torch import nn
 
 from fastcifar import reference, validation
 from fastcifar.functional import batch_norm_act
-from fastcifar.nn import BatchNormAct
+from fastcifar.nn import BatchNormAct, ConditionalBatchNormAct
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (2, 3, 4, 5)], ids=str)
@@ -76,6 +76,27 @@ def test_module_equals_batch_norm_2d_over_several_steps(options):
     ours.eval(), torchs.eval()
     torch.testing.assert_close(ours(x, residual), F.relu(torchs(x) + residual))
     torchs.load_state_dict(ours.state_dict())
+
+
+@pytest.mark.parametrize("conditional", [True, False], ids=["conditional", "plain"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_statistics_that_are_tracked_no_longer(conditional, momentum):
+    """`nn.BatchNorm2d` leaves the statistics alone then, and still evaluates with them."""
+    torch.manual_seed(0)
+    ours = (
+        ConditionalBatchNormAct(3, 2, "relu", momentum=momentum) if conditional else BatchNormAct(3, momentum=momentum)
+    )
+    torchs = nn.BatchNorm2d(3, momentum=momentum)
+    labels = (torch.tensor([0, 1]),) if conditional else ()
+    for step in range(3):
+        x = torch.randn(2, 3, 4, 5)
+        torch.testing.assert_close(ours(x, *labels), F.relu(torchs(x)))
+        ours.track_running_stats = torchs.track_running_stats = step > 1
+        for key in ("running_mean", "running_var", "num_batches_tracked"):
+            torch.testing.assert_close(getattr(ours, key), getattr(torchs, key))
+    ours.eval(), torchs.eval()
+    ours.track_running_stats = torchs.track_running_stats = False
+    torch.testing.assert_close(ours(x, *labels), F.relu(torchs(x)))
 
 
 def test_autocast_gives_the_residual_the_dtype_of_x():

@@ -112,6 +112,40 @@ def test_what_others_use_too_stays():
         torch.testing.assert_close(getattr(folded, name).weight, getattr(model, name).weight, rtol=0, atol=0)
 
 
+class AddsItsInput(nn.Module):
+    """The convolution's output is the residual, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.kept = nn.Conv2d(4, 4, 1), BatchNormAct(4, "relu"), []
+
+    def forward(self, x):
+        y = self.conv(x)
+        self.kept.append(y)
+        return self.norm(y, y)
+
+
+def test_a_residual_that_is_the_convolution_stays():
+    torch.manual_seed(0)
+    assert_folded(trained(AddsItsInput()), images(2, 4, 5, 5))
+
+
+def test_a_forward_that_keeps_tensors_keeps_no_symbols():
+    assert fold_batch_norm(AddsItsInput()).kept == []
+
+
+@pytest.mark.parametrize("hooked", [0, 1], ids=["conv", "norm"])
+def test_hooks_see_what_they_saw(hooked):
+    torch.manual_seed(0)
+    model = trained(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()))
+    seen = []
+    model[hooked].register_forward_hook(lambda module, args, output: seen.append(output))
+    folded, x = fold_batch_norm(model), images(2, 4, 5, 5)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-11, atol=1e-11)
+    assert isinstance(folded[1], nn.BatchNorm2d) == bool(hooked)
+
+
 def test_fused_models_are_folded_and_stay_fused():
     torch.manual_seed(0)
     block = nn.Sequential(

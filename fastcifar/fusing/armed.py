@@ -10,6 +10,7 @@ result that did not go through the whole group is an error, never a wrong number
 from __future__ import annotations
 
 import threading
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -36,6 +37,11 @@ def _thread() -> int:
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
+def _version(x: torch.Tensor) -> int | None:
+    """How often x was changed in place; None where nobody counts."""
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
 class _Call:
     """One group during one call of its owner: `pending` is what was handed on and has not yet passed the whole chain,
     or None."""
@@ -48,14 +54,20 @@ class _Call:
         self.impl = impl
         self.position = 0
         self.input = None
+        self.version = None
         self.pending = None
 
     def run(self, residual: torch.Tensor | None = None) -> torch.Tensor:
         x, self.input = self.input, None
+        if _version(x) != self.version:
+            raise RuntimeError(
+                f"the input of {self.group.modules[0]!r} was changed in place before the addition at which fuse() "
+                "normalises it; call fuse() again after exchanging modules"
+            )
         return patterns.run(self.group.pattern, self.match, self.modules, x, residual, self.impl)
 
     def start(self, x: torch.Tensor) -> torch.Tensor:
-        self.input = x
+        self.input, self.version = x, _version(x)
         return self._hand_on(x.detach() if self.match.adds else self.run())
 
     def _hand_on(self, y: torch.Tensor) -> torch.Tensor:
@@ -102,7 +114,8 @@ class FusedMember(Substitute):
     """A module of a group: computes the group or lets its result pass while armed, itself otherwise."""
 
     _fused_state = "_fused_calls"
-    _fused_calls: dict[int, tuple[_Call, ...]]
+    # For new instances of an exchanged class, which are in no group.
+    _fused_calls: Mapping[int, tuple[_Call, ...]] = types.MappingProxyType({})
 
     def forward(self, *args, **kwargs):
         calls = () if kwargs or len(args) != 1 else self._fused_calls.get(_thread(), ())
@@ -153,7 +166,7 @@ def _resolve(owner: nn.Module, path: str) -> nn.Module | None:
         if module is None or not is_container(module) or reading.has_hooks(module):
             return None
     module = module._modules.get(last)
-    return module if isinstance(module, FusedMember) else None
+    return module if isinstance(module, FusedMember) and module._fused_state in module.__dict__ else None
 
 
 def _seen_by_modes(chain: list[Any]) -> list[Any]:
@@ -178,7 +191,7 @@ class FusedOwner(Substitute):
     """
 
     _fused_state = "_fused_plan"
-    _fused_plan: OwnerPlan
+    _fused_plan = OwnerPlan((), (), "auto")
 
     def forward(self, *args, **kwargs):
         groups, arguments, impl = self._fused_plan

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -40,6 +42,10 @@ class _Tracer(fx.Tracer):
     """Calls forward with the arguments that have no default, and keeps every child as it is, except those that only run
     their children in order. Each node remembers under what switches it was called."""
 
+    def __init__(self):
+        super().__init__()
+        self.proxies: dict[fx.Node, weakref.ref[fx.Proxy]] = {}
+
     def is_leaf_module(self, module, qualified_name):
         return not reading.is_sequence(module) or reading.has_hooks(module)
 
@@ -51,6 +57,17 @@ class _Tracer(fx.Tracer):
             return root_fn(owner, *arguments, **symbols)
 
         return call, [self.root, *positional]
+
+    def proxy(self, node):
+        proxy = super().proxy(node)
+        self.proxies[node] = weakref.ref(proxy)
+        return proxy
+
+    def keeps(self, node: fx.Node) -> bool:
+        """Whether somebody still holds a node's output, although forward has returned."""
+        if self.proxies[node]() is not None:
+            gc.collect()
+        return self.proxies[node]() is not None
 
     def create_node(self, *args, **kwargs):
         node = super().create_node(*args, **kwargs)
@@ -81,20 +98,30 @@ def required_arguments(owner: nn.Module) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind not in starred and p.default is p.empty)
 
 
+def _apart(value: object) -> object:
+    """A copy of what forward may change in place: tensors and collections, but not what these hold."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    return copy.copy(value) if isinstance(value, (list, dict, set)) else value
+
+
 class Trace:
     """One symbolic run of a module's forward, called with the arguments that have no default."""
 
     def __init__(self, owner: nn.Module, training: bool):
-        # What forward assigns to the module stays on this copy; the children are the module's own.
+        # What forward assigns to the module, or changes of it, stays on this copy; the children are the module's own.
         shadow = copy.copy(owner)
-        for name in ("_modules", "_parameters", "_buffers"):
-            shadow.__dict__[name] = dict(owner.__dict__[name])
+        shadow.__dict__.update({name: _apart(value) for name, value in owner.__dict__.items()})
+        shadow.__dict__["_buffers"] = {name: _apart(buffer) for name, buffer in owner._buffers.items()}
         shadow.training = training
         self.name = f"{type(owner).__name__}.forward"
         self.root = shadow
+        self.tracer = _Tracer()
         with torch.random.fork_rng(devices=[]):
-            self.graph = _Tracer().trace(shadow)
+            self.graph = self.tracer.trace(shadow)
         self.calls = Counter(node.target for node in self.graph.nodes if node.op == "call_module")
+        called = [shadow.get_submodule(target) for target in self.calls]
+        self.nested = {id(below) for module in called for below in module.modules() if below is not module}
         self.claimed: set[fx.Node] = set()
 
     def _after(self, node: fx.Node) -> tuple[fx.Node | None, Element]:
@@ -102,6 +129,8 @@ class Trace:
             return None, f"{self.name} does not use its output"
         if len(node.users) > 1:
             return None, f"{self.name} uses its output {len(node.users)} times"
+        if self.tracer.keeps(node):
+            return None, f"{self.name} keeps its output"
         (user,) = node.users
         if user.op == "output":
             return None, f"{self.name} returns its output"
@@ -120,16 +149,25 @@ class Trace:
             # The sum runs the group, so the normalised tensor must still be there then, and unchanged.
             (source,) = node.all_input_nodes[:1]
             operands = set(user.all_input_nodes)
-            fits = len(operands) == 2 and len(source.users) == 1 and user not in self.claimed
+            unchanged = len(source.users) == 1 and (node.next is user or self._makes_a_tensor(source))
+            fits = len(operands) == 2 and unchanged and user not in self.claimed
         else:
             fits = function is not None and user.args[:1] == (node,) and user.all_input_nodes == [node]
         return function if fits else f"followed by {getattr(target, '__name__', user.target)}, not by BatchNorm2d"
+
+    def _makes_a_tensor(self, node: fx.Node) -> bool:
+        """A convolution does, for its users alone; another layer may return its input, which others could change."""
+        if node.op != "call_module" or self.tracer.keeps(node):
+            return False
+        return isinstance(self.root.get_submodule(node.target), nn.modules.conv._ConvNd)
 
     def _module(self, node: fx.Node) -> Element:
         module = self.root.get_submodule(node.target)
         stateless = next(module.parameters(), None) is None and next(module.buffers(), None) is None
         if self.calls[node.target] > 1 and not stateless:
             return f"{self.name} calls {node.target!r} {self.calls[node.target]} times"
+        if id(module) in self.nested and patterns.beginning_at(module) is not None:
+            return f"{self.name} calls {node.target!r} and a module that contains it"
         if node.meta["recomputed"]:
             return f"{self.name} calls {node.target!r} under activation checkpointing"
         return module
@@ -166,6 +204,8 @@ def _traces(owner: nn.Module) -> list[Trace] | str:
     traces = []
     for training in (True, False):
         try:
+            if not required_arguments(owner):
+                return f"{name}.forward has no required argument"
             traces.append(Trace(owner, training))
         except Exception as error:  # whatever a forward may raise when it meets a symbolic tensor
             text = str(error).strip() or type(error).__name__

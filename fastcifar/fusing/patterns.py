@@ -20,6 +20,7 @@ from torch import nn, overrides
 from fastcifar import functional
 from fastcifar.fusing import reading
 from fastcifar.fusing.reading import Addition, Functional
+from fastcifar.nn.batch_norm import advance_batch_norm
 
 Element = nn.Module | Functional | Addition | str
 LONGEST = 3
@@ -50,14 +51,14 @@ def _after_norm(chain: Sequence[Element], position: int, *, may_add: bool) -> Ma
 
 def _norm_arguments(norm: nn.Module, match: Match) -> tuple[tuple[torch.Tensor | None, ...], dict[str, Any]]:
     """What the operators take of a batch normalisation and its activation; counts the batch."""
-    state = reading.advance_batch_norm(norm)
+    state = advance_batch_norm(norm)
     options = {
         "activation": match.activation,
         "negative_slope": match.negative_slope,
         "training": state.training,
         "momentum": state.momentum,
         "eps": norm.eps,
-        "process_group": state.process_group,
+        "process_group": reading.synchronised_group(norm),
     }
     return (norm.weight, norm.bias, state.running_mean, state.running_var), options
 
@@ -127,21 +128,40 @@ class Watch(overrides.TorchFunctionMode):
     """A mode that looks for functions between operators. They contain none of those, but many others to slow down."""
 
 
+def _is_channels_last(tensor: torch.Tensor) -> bool:
+    """By the strides of [N, C, H, W], as torch's own layers tell it (`suggest_memory_format` in C++)."""
+    least = 0
+    for dim in (1, 3, 2):
+        if tensor.stride(dim) < least:
+            return False
+        least = tensor.stride(dim) * tensor.shape[dim]
+    return tensor.stride(0) >= least > tensor.stride(1) > 0
+
+
+def _run(pattern: Pattern, match: Match, modules: Sequence[nn.Module], x, residual, impl: str) -> torch.Tensor:
+    y = pattern.run(match, modules, x, residual, impl)
+    decisive = (x, *(module.weight for module in modules if isinstance(module, nn.Conv2d)))
+    return y if y.is_contiguous() or any(_is_channels_last(t) for t in decisive) else y.contiguous()
+
+
 def run(pattern: Pattern, match: Match, modules: Sequence[nn.Module], x, residual, impl: str) -> torch.Tensor:
-    """Runs the operator of a match, unseen by a watch."""
+    """Runs the operator of a match, unseen by a watch. Its output is contiguous, at the price of a copy, where that of
+    the modules would be: unless x, or the weight of a convolution, is channels-last."""
     if torch.compiler.is_compiling() or not isinstance(overrides._get_current_function_mode(), Watch):
-        return pattern.run(match, modules, x, residual, impl)
+        return _run(pattern, match, modules, x, residual, impl)
     with overrides._pop_mode_temporarily():
-        return pattern.run(match, modules, x, residual, impl)
+        return _run(pattern, match, modules, x, residual, impl)
 
 
 def applies_to(x: object) -> bool:
     """Fused operators run on batches of images, in eager and compiled code. Tracers and exporters see the modules that
-    were there before, so that what they record needs nothing of this package."""
+    were there before, so that what they record needs nothing of this package; so do the transforms of torch.func, for
+    which the operators have no rules."""
     return (
         isinstance(x, torch.Tensor)
         and x.dim() == 4
         and not torch.jit.is_tracing()
         and not torch.compiler.is_exporting()
+        and not torch._C._are_functorch_transforms_active()
         and not nn.modules.module._has_any_global_hook()
     )

@@ -90,15 +90,25 @@ class Plan:
         return [step.entry for step in (*self.in_sequences, *self.in_forwards)]
 
     def apply(self, impl: str) -> None:
-        """Exchanges the classes of all modules that take part."""
-        for step in self.in_sequences:
-            substitute(step.caller, FusedSequence, {})
-            step.caller._fused_implementations[step.group.chain[0]] = impl
-        for owner, steps in itertools.groupby(self.in_forwards, key=lambda step: step.caller):
-            groups = tuple(step.group for step in steps)
-            for path in (path for group in groups for path in group.modules):
-                substitute(owner.get_submodule(path), FusedMember, {})
-            substitute(owner, FusedOwner, OwnerPlan(groups, dataflow.required_arguments(owner), impl))
+        """Exchanges the classes of all modules that take part; what a class prevents is skipped as a whole."""
+        for step in list(self.in_sequences):
+            obstacle = substitute([(step.caller, FusedSequence, {})])
+            if obstacle is None:
+                step.caller._fused_implementations[step.group.chain[0]] = impl
+            else:
+                self._drop(self.in_sequences, step, obstacle)
+        for owner, group in itertools.groupby(list(self.in_forwards), key=lambda step: step.caller):
+            steps = list(group)
+            paths = (path for step in steps for path in step.group.modules)
+            members = [(owner.get_submodule(path), FusedMember, {}) for path in paths]
+            plan = OwnerPlan(tuple(step.group for step in steps), dataflow.required_arguments(owner), impl)
+            obstacle = substitute([*members, (owner, FusedOwner, plan)])
+            for step in steps if obstacle else ():
+                self._drop(self.in_forwards, step, obstacle)
+
+    def _drop(self, steps: list[Step], step: Step, reason: str) -> None:
+        steps.remove(step)
+        self._skip(step.entry.path, reason)
 
     def _skip(self, path: str, reason: str) -> None:
         self.skipped.append(Skipped(path, reason))

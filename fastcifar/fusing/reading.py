@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from fastcifar.nn.batch_norm import BatchNormAct, advance_momentum
+from fastcifar.nn.batch_norm import BatchNormAct
 
 
 class Functional(NamedTuple):
@@ -199,33 +199,11 @@ def function_of(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     return Functional(activation, float(slope), label)
 
 
-class BatchNormState(NamedTuple):
-    """What `F.batch_norm` would get from a module in its next call, and the group to synchronise with."""
-
-    running_mean: torch.Tensor | None
-    running_var: torch.Tensor | None
-    training: bool
-    momentum: float
-    process_group: dist.ProcessGroup | None
-
-
-def _synchronised_group(norm: nn.Module) -> dist.ProcessGroup | None:
+def synchronised_group(norm: nn.Module) -> dist.ProcessGroup | None:
+    """The ranks over which a batch normalisation takes its statistics in its next call; None for this process alone."""
     if forward_of(norm) is not nn.SyncBatchNorm.forward or not norm.training:
         return None
     if not (dist.is_available() and dist.is_initialized()):
         return None
     group = norm.process_group or dist.group.WORLD
     return group if dist.get_world_size(group) > 1 else None
-
-
-def advance_batch_norm(norm: nn.Module) -> BatchNormState:
-    """Counts the batch as the module's own forward would, and returns what it would normalise with."""
-    momentum = advance_momentum(norm) if norm.track_running_stats else norm.momentum or 0.0
-    buffers = not norm.training or norm.track_running_stats
-    return BatchNormState(
-        norm.running_mean if buffers else None,
-        norm.running_var if buffers else None,
-        norm.training or norm.running_mean is None,
-        momentum,
-        _synchronised_group(norm),
-    )

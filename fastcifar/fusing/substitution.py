@@ -4,6 +4,7 @@ hooks, children and keys stay what they were."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -52,11 +53,28 @@ def _rebuild(mixins, function, original, *arguments):
     return module
 
 
-def substitute(module: nn.Module, mixin: type[Substitute], state: Any) -> None:
-    """Puts `mixin` in front of the module's class and its state where the mixin looks for it."""
-    if not isinstance(module, mixin):
-        module.__class__ = _class(mixin, type(module))
+def substitute(exchanges: Sequence[tuple[nn.Module, type[Substitute], Any]]) -> str | None:
+    """Puts each mixin in front of its module's class and the state where the mixin looks for it, unless it is there
+    already; when a class does not take part, nothing is exchanged and the reason comes back."""
+    done = []
+    for module, mixin, state in exchanges:
+        if isinstance(module, mixin):
+            continue
+        try:
+            module.__class__ = _class(mixin, type(module))
+        except Exception as error:  # whatever a class may raise when another is derived from it
+            for earlier in reversed(done):
+                _undo(earlier)
+            text = str(error).strip() or type(error).__name__
+            return f"no class can be derived from {type(module).__name__}: {text.splitlines()[0]}"
         module.__dict__[mixin._fused_state] = state
+        done.append(module)
+    return None
+
+
+def _undo(module: nn.Module) -> None:
+    module.__dict__.pop(type(module)._fused_state, None)
+    module.__class__ = type(module)._fused_original
 
 
 def check_restorable(module: nn.Module) -> None:
@@ -72,6 +90,5 @@ def restore(module: nn.Module) -> bool:
     """Gives a module the class it had before; returns whether it had another."""
     changed = isinstance(module, Substitute)
     while isinstance(module, Substitute):
-        module.__dict__.pop(type(module)._fused_state, None)
-        module.__class__ = type(module)._fused_original
+        _undo(module)
     return changed

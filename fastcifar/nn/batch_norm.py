@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -28,11 +30,33 @@ def advance_momentum(module: nn.Module) -> float:
     return 1.0 / float(module.num_batches_tracked)
 
 
+class BatchNormState(NamedTuple):
+    """What `F.batch_norm` would get from a module in its next call."""
+
+    running_mean: torch.Tensor | None
+    running_var: torch.Tensor | None
+    training: bool
+    momentum: float
+
+
+def advance_batch_norm(norm: nn.Module) -> BatchNormState:
+    """Counts the batch as the forward of `nn.BatchNorm2d` would, and returns what it would normalise with."""
+    momentum = advance_momentum(norm) if norm.track_running_stats else norm.momentum or 0.0
+    buffers = not norm.training or norm.track_running_stats
+    return BatchNormState(
+        norm.running_mean if buffers else None,
+        norm.running_var if buffers else None,
+        norm.training or norm.running_mean is None,
+        momentum,
+    )
+
+
 class BatchNormAct(nn.BatchNorm2d):
     """`nn.BatchNorm2d`, the addition of a residual and an activation, run as one operator.
 
     Input [N, num_features, *], output of the same shape and dtype; parameters and buffers are those of
-    `nn.BatchNorm2d`, under the same names.
+    `nn.BatchNorm2d`, under the same names. `process_group` synchronises it; `nn.SyncBatchNorm.convert_sync_batchnorm`
+    does not fit: it would put an `nn.SyncBatchNorm`, which has no activation, in its place.
 
     Args:
         num_features: number of channels.
@@ -70,19 +94,18 @@ class BatchNormAct(nn.BatchNorm2d):
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """act(batch_norm(x) + residual), [N, num_features, *]."""
-        batch_statistics = self.training or self.running_mean is None
-        momentum = advance_momentum(self)
+        state = advance_batch_norm(self)
         return functional.batch_norm_act(
             x,
             self.weight,
             self.bias,
-            self.running_mean,
-            self.running_var,
+            state.running_mean,
+            state.running_var,
             residual,
             activation=self.activation,
             negative_slope=self.negative_slope,
-            training=batch_statistics,
-            momentum=momentum,
+            training=state.training,
+            momentum=state.momentum,
             eps=self.eps,
             process_group=self.process_group if self.training else None,
             impl=self.impl,

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from fastcifar import functional, reference
-from fastcifar.nn.batch_norm import BatchNormAct, advance_momentum
+from fastcifar.nn.batch_norm import BatchNormAct, advance_batch_norm
 
 
 class ConditionalBatchNormAct(BatchNormAct):
@@ -47,9 +47,11 @@ class ConditionalBatchNormAct(BatchNormAct):
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """x [N, C, H, W] and labels int64 [N] → [N, C, H, W]."""
+        state = advance_batch_norm(self)
         normalised = functional.batch_norm_act(
-            x, None, None, self.running_mean, self.running_var, activation="none", training=self.training,
-            momentum=advance_momentum(self), eps=self.eps, process_group=self.process_group, impl=self.impl,
+            x, None, None, state.running_mean, state.running_var, activation="none", training=state.training,
+            momentum=state.momentum, eps=self.eps, process_group=self.process_group if self.training else None,
+            impl=self.impl,
         )  # fmt: skip
         gamma, beta = self.embedding(labels).to(normalised.dtype)[:, :, None, None].chunk(2, 1)
         # The large tensor first: results take its memory format.

@@ -18,7 +18,8 @@ class DepthwiseConvBNAct(nn.Module):
     Input [N, channels, H, W], output [N, channels, H', W'], floating point; parameters and buffers as in
     `nn.Conv2d(channels, channels, kernel_size, groups=channels, bias=False)` and `nn.BatchNorm2d(channels)`, with the
     same initial values: `weight` [channels, 1, K, K], `bn_weight`, `bn_bias`, `running_mean`, `running_var`
-    [channels], `num_batches_tracked` [].
+    [channels], `num_batches_tracked` []. `torch.optim.swa_utils.update_bn` does not know it, so the statistics are not
+    taken afresh there, but go on with `momentum`.
 
     Args:
         channels: number of input and output channels.
