@@ -30,7 +30,7 @@ def _normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[tup
     return tuple(numpy.float32(scale).tolist()), tuple(numpy.float32(shift).tolist())
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache
 def _constants(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Kept, because a captured graph may copy nothing from the host."""
     return torch.tensor(numbers, dtype=dtype, device=device)

@@ -1,5 +1,7 @@
 """The augmentations on a GPU: numbers, determinism, CUDA graphs."""
 
+import itertools
+
 import numpy
 import pytest
 import torch
@@ -10,18 +12,25 @@ from fastcifar.data import Augmentation, ResidentLoader
 
 pytestmark = pytest.mark.gpu
 OPTIONS = pytest.mark.parametrize("options", CASES.values(), ids=CASES.keys())
+SIZES = [(9, 8), (33, 17), (32, 32), (64, 200)]
+# Every combination is another compilation: each option has one of the sizes and dtypes, each of those pairs an option.
+DIAGONAL = list(zip(CASES, itertools.cycle(SIZES), itertools.cycle(DTYPES), strict=False))
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-@pytest.mark.parametrize("size", [(9, 8), (33, 17), (32, 32), (64, 200)], ids=str)
-@OPTIONS
-def test_numbers_memcheck(options, size, dtype):
+@pytest.mark.parametrize(("name", "size", "dtype"), DIAGONAL, ids=str)
+def test_numbers(name, size, dtype):
     """CUDA contracts a·b + c in float64 and divides by multiplying: the last bits are not the reference's."""
+    options = CASES[name]
     found, expected = (run(impl, options, size, "cuda") for impl in ("triton", "reference"))
     if found[1] is not None:
         assert torch.equal(found[1], expected[1])
         torch.testing.assert_close(found[2], expected[2], rtol=3e-7, atol=0)
-    hold("triton", options, dtype, size, "cuda", exact=False)
+    hold("triton", options, DTYPES[dtype], size, "cuda", exact=False)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("mixup, all", "bf16"), ("cutmix, all", "fp32")], ids=["mixup", "cutmix"])
+def test_memcheck(name, dtype):
+    assert run("triton", CASES[name], (33, 17), "cuda", dtype=DTYPES[dtype])[0].cpu().isfinite().all()
 
 
 @OPTIONS

@@ -5,7 +5,7 @@ import functools
 import oracle
 import pytest
 import torch
-from batch_norm_case import inputs_of, reference_impl
+from batch_norm_case import inputs_of, reference_impl, stored_gradient_floors
 
 from fastcifar import functional
 
@@ -21,10 +21,24 @@ def on_gpu(shape, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("residual", [True, False], ids=["residual", "alone"])
 @pytest.mark.parametrize("shape", [(3, 37, 5, 7), (64, 96, 33, 31), (7, 130), (4, 20, 11), (256, 64, 32, 32)], ids=str)
-def test_numbers_memcheck(shape, residual, dtype):
+def test_numbers(shape, residual, dtype):
     inputs = on_gpu(shape, residual=residual, layout="contiguous")
     dz = oracle.gradient_like(shape).cuda()
-    oracle.check(triton_impl, reference_impl, inputs, dtype, dz, activation="silu", training=True, momentum=0.3)
+    floors = stored_gradient_floors(inputs, dz, dtype, "silu") if residual else None
+    oracle.check(triton_impl, reference_impl, inputs, dtype, dz, floors, activation="silu", training=True, momentum=0.3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "residual", "dtype"),
+    [((3, 37, 5, 7), True, torch.bfloat16), ((7, 130), False, torch.float32)],
+    ids=["residual", "alone"],
+)
+def test_memcheck(shape, residual, dtype):
+    inputs = {n: None if t is None else t.cuda() for n, t in inputs_of(shape, residual=residual).items()}
+    inputs |= {n: inputs[n].to(dtype).requires_grad_() for n in ("x", "residual") if inputs[n] is not None}
+    z = triton_impl(**inputs, training=True)
+    z.backward(torch.ones_like(z))
+    assert z.cpu().isfinite().all() and inputs["x"].grad.cpu().isfinite().all()
 
 
 def step(inputs):

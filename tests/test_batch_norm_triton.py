@@ -6,7 +6,7 @@ import oracle
 import pytest
 import torch
 from batch_norm_case import hold as hold_any
-from batch_norm_case import inputs_of, reference_impl
+from batch_norm_case import hold_corners, hold_infinity, inputs_of, reference_impl
 from distributed_case import run_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -81,6 +81,22 @@ def test_empty_batch_and_single_value():
     assert triton_impl(**inputs_of((0, 4, 3, 3)), training=True).shape == (0, 4, 3, 3)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         triton_impl(**inputs_of((1, 4, 1, 1)), training=True)
+
+
+def test_no_channels():
+    z = triton_impl(**{**inputs_of((2, 0, 3, 3)), "x": torch.zeros(2, 0, 3, 3, requires_grad=True)}, training=True)
+    z.sum().backward()
+    assert z.shape == (2, 0, 3, 3)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_corners_and_extremes(activation):
+    hold_corners("triton", activation)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_infinity_is_not_hidden():
+    hold_infinity("triton")
 
 
 @pytest.mark.parametrize("layout", ["channels-last", "contiguous", "sliced"])

@@ -32,13 +32,32 @@ GRID = [
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize(("shape", "kernel_size", "stride", "padding", "dilation"), GRID, ids=str)
-def test_numbers_memcheck(shape, kernel_size, stride, padding, dilation, dtype):
+def test_numbers(shape, kernel_size, stride, padding, dilation, dtype):
     inputs = on_gpu(oracle.depthwise_inputs(*shape, kernel_size))
-    sizes = {"stride": stride, "padding": padding, "dilation": dilation}
+    sizes, floors = {"stride": stride, "padding": padding, "dilation": dilation}, {}
     with torch.no_grad():
-        like = reference_impl(**inputs, **sizes).shape
+        dz = oracle.gradient_like(reference_impl(**inputs, **sizes).shape).cuda()
+    if stride > 1:  # y is stored in the dtype of x
+        floors["bn_weight"] = oracle.stored_output_floor(inputs, dz, dtype, **sizes, activation="silu")
     options = {**sizes, "activation": "silu", "training": True, "momentum": 0.3}
-    oracle.check(triton_impl, reference_impl, inputs, dtype, oracle.gradient_like(like).cuda(), **options)
+    oracle.check(triton_impl, reference_impl, inputs, dtype, dz, floors, **options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel_size", "stride", "dtype"),
+    [
+        ((2, 5, 7, 6), 3, 1, torch.float32),
+        ((2, 8, 9, 7), 5, 1, torch.bfloat16),
+        ((2, 12, 9, 8), 3, 2, torch.float16),
+    ],
+    ids=["3×3", "5×5", "strided"],
+)
+def test_memcheck(shape, kernel_size, stride, dtype):
+    inputs = on_gpu(oracle.depthwise_inputs(*shape, kernel_size))
+    x, weight = (inputs.pop(name).to(dtype).requires_grad_() for name in ("x", "weight"))
+    z = triton_impl(x, weight, **inputs, stride=stride, padding=kernel_size // 2, training=True)
+    z.backward(torch.ones_like(z))
+    assert all(tensor.cpu().isfinite().all() for tensor in (z, x.grad, weight.grad))
 
 
 def step(module, x):
@@ -90,7 +109,8 @@ def test_addresses_beyond_two_gigabytes():
     free, _ = torch.cuda.mem_get_info()
     if free < 24 * 2**30:
         pytest.skip("needs 24 GiB of free GPU memory")
-    x = torch.zeros(17, 64, 1408, 1408, device="cuda", dtype=torch.bfloat16, memory_format=torch.channels_last)
+    size, layout = (17, 64, 1408, 1408), torch.channels_last
+    x = torch.empty(size, device="cuda", dtype=torch.bfloat16, memory_format=layout).zero_()
     x[0].normal_()
     x[-1].copy_(x[0])
     weight = torch.randn(64, 1, 3, 3, device="cuda", dtype=torch.bfloat16)

@@ -59,6 +59,7 @@ GRID = [
     ((1, 2, 7, 7), 7, 1, 3, 1),
     ((2, 1, 5, 5), 3, 1, 1, 1),
     ((1, 70, 4, 4), 3, 1, 1, 1),
+    ((5, 3, 9, 8), 5, 1, 2, 1),  # dw in two chunks, the second from the middle of a row
 ]
 
 
@@ -68,7 +69,7 @@ def test_shapes(shape, kernel_size, stride, padding, dilation, dtype):
     hold(shape, kernel_size, stride, padding, dilation, dtype)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@settings(max_examples=20, deadline=None, derandomize=True, database=None)
 @given(
     batch=st.integers(2, 3), channels=st.integers(1, 40), size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     kernel_size=st.sampled_from([3, 3, 5, 7]), stride=st.integers(1, 3), dilation=st.integers(1, 3),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
 import torch
 
@@ -16,7 +16,12 @@ define(_LIBRARY, "", torch.float32)
 
 def _pixels(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """[N, C, …] as dense [P, C]."""
-    return None if tensor is None else rows_of(tensor).view(-1, tensor.shape[1])
+    return None if tensor is None else rows_of(tensor).flatten(0, -2)
+
+
+def _dense(vector: torch.Tensor | None) -> torch.Tensor | None:
+    """As the kernels read it, which know no strides."""
+    return None if vector is None else vector.contiguous()
 
 
 def _like(pixels: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -29,7 +34,7 @@ def _passes(x, residual, weight, bias, statistics, eps, activation, negative_slo
     from fastcifar.kernels.triton.batch_norm import Passes
 
     return Passes(
-        _pixels(x), _pixels(residual), weight, bias, statistics.float().contiguous(),
+        _pixels(x), _pixels(residual), _dense(weight), _dense(bias), statistics.float().contiguous(),
         eps=eps, activation=activation, negative_slope=negative_slope,
     )  # fmt: skip
 
@@ -54,8 +59,26 @@ def _reduce(dz, x, residual, *norm):
 
 @implement(_LIBRARY, "batch_norm_gradient")
 def _gradient(dz, x, terms, *norm):
-    return _like(_passes(x, None, *norm).gradient(_pixels(dz), terms), x)
+    return _like(_passes(x, None, *norm).gradient(_pixels(dz), _dense(terms)), x)
 
 
-# x, residual: float32, float16 or bfloat16, computed in float32; γ, β and statistics of any floating dtype.
-batch_norm_act = functools.partial(batch_norm_fused.batch_norm_act, prefix="")
+def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    """[N, C, …] whose memory is dense [N, …, C]: the tensor itself, or a copy."""
+    rows = tensor.movedim(1, -1)
+    return tensor if rows.is_contiguous() else rows.contiguous().movedim(-1, 1)
+
+
+def batch_norm_act(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None = None,
+    running_var: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """The operator on Triton kernels; arguments as of `batch_norm_fused.batch_norm_act`, without `prefix`."""
+    residual = None if residual is None else _channels_last(residual)
+    return batch_norm_fused.batch_norm_act(
+        _channels_last(x), weight, bias, running_mean, running_var, residual, prefix="", **options
+    )

@@ -72,6 +72,7 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dz):
         x, residual, weight, bias, statistics, count = ctx.saved_tensors
+        dz = rows_of(dz).movedim(-1, 1)  # once, for both passes
         act, training, process_group, prefix = ctx.settings
         need_dx, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
         norm = weight, bias, statistics

@@ -35,10 +35,22 @@ _LIBRARY.define(
 )
 
 
-def _problem(x, weight, stride, padding, dilation):
-    from fastcifar.kernels.triton.depthwise_launch import Problem, channels_last
+def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where its channels lie side by side, else a channels-last copy."""
+    if tensor.stride(1) == 1 or tensor.shape[1] == 1:
+        return tensor
+    return tensor.contiguous(memory_format=torch.channels_last)
 
-    return Problem(channels_last(x), tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation))
+
+def _dense(*vectors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """As the kernels read them, which know no strides."""
+    return [None if vector is None else vector.contiguous() for vector in vectors]
+
+
+def _problem(x, weight, stride, padding, dilation):
+    from fastcifar.kernels.triton.depthwise_launch import Problem
+
+    return Problem(_channels_last(x), tuple(weight.shape[2:]), tuple(stride), tuple(padding), tuple(dilation))
 
 
 @implement(_LIBRARY, "depthwise_statistics")
@@ -61,7 +73,7 @@ def _apply(x, weight, bn_weight, bn_bias, statistics, stride, padding, dilation,
 
     problem = _problem(x, weight, stride, padding, dilation)
     return depthwise_forward.apply(
-        problem, weight.contiguous(), bn_weight, bn_bias, statistics[0], statistics[1],
+        problem, *_dense(weight, bn_weight, bn_bias, statistics[0], statistics[1]),
         eps=eps, activation=activation, negative_slope=negative_slope,
     )  # fmt: skip
 
@@ -70,8 +82,9 @@ def _backward(dz, x, weight, bn_weight, bn_bias, statistics, stride, padding, di
     from fastcifar.kernels.triton.depthwise_gradients import Backward
 
     return Backward(
-        _problem(x, weight, stride, padding, dilation), weight.contiguous(), bn_weight, bn_bias, statistics[0],
-        statistics[1], dz, eps=eps, activation=activation, negative_slope=slope,
+        _problem(x, weight, stride, padding, dilation),
+        *_dense(weight, bn_weight, bn_bias, statistics[0], statistics[1]),
+        dz, eps=eps, activation=activation, negative_slope=slope,
     )  # fmt: skip
 
 
@@ -88,7 +101,7 @@ def _gradients(
     backward = _backward(
         dz, x, weight, bn_weight, bn_bias, statistics, stride, padding, dilation, eps, activation, slope
     )
-    dx, dw = backward.gradients(terms, need_dx=need_dx, need_dw=need_dw)
+    dx, dw = backward.gradients(terms.contiguous(), need_dx=need_dx, need_dw=need_dw)
     return x.new_empty(0) if dx is None else dx, weight.new_empty(0) if dw is None else dw
 
 
@@ -149,6 +162,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, dz):
         x, weight, bn_weight, bn_bias, statistics, count = ctx.saved_tensors
         sizes, act, training, process_group = ctx.settings
+        dz = dz.contiguous(memory_format=torch.channels_last)
         need_dx, need_dw, need_gamma, need_beta = ctx.needs_input_grad[:4]
         arguments = x, weight, bn_weight, bn_bias, statistics
         sums = terms = None
@@ -184,6 +198,7 @@ class _FusedStored(torch.autograd.Function):
     def backward(ctx, dz):
         x, weight, bn_weight, bn_bias, y, statistics, count = ctx.saved_tensors
         sizes, act, process_group = ctx.settings
+        dz = dz.contiguous(memory_format=torch.channels_last)
         need_dx, need_dw, need_gamma, need_beta = ctx.needs_input_grad[:4]
         norm = bn_weight, bn_bias, statistics
         sums, _ = torch.ops.fastcifar.batch_norm_reduce(dz, y, None, *norm, *act)
@@ -223,6 +238,7 @@ def depthwise_conv_bn_act(
 
     x, weight: float32, float16 or bfloat16, computed in float32; γ, β and statistics of any floating dtype.
     """
+    x = _channels_last(x)
     sizes = list(stride), list(padding), list(dilation)
     act = eps, activation, negative_slope
     group = process_group if training else None

@@ -43,7 +43,8 @@ def _native_batch(table: tuple[int, ...]) -> Any:
 atexit.register(_native_batch.cache_clear)
 
 
-@functools.lru_cache(maxsize=256)
+# Never dropped: captured graphs hold the addresses of its tensors.
+@functools.cache
 def _triton_batch(table: tuple[int, ...], device: torch.device) -> Any:
     from fastcifar.kernels.triton.spectral_launch import Batch
 

@@ -78,6 +78,7 @@ class StepGraph:
     def __init__(self, compute: Callable[[], None], device: torch.device):
         self._compute, self._device = compute, device
         self.failure: str | None = None
+        self._side: torch.cuda.Stream | None = None
         self.reset()
 
     @property
@@ -104,13 +105,14 @@ class StepGraph:
             self._compute()
 
     def _warm_up(self) -> None:
-        """On another stream, as the capture will be."""
+        """On another stream, as the capture will be; always the same one, as the allocator keeps memory by stream."""
         current = torch.cuda.current_stream(self._device)
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
+        if self._side is None:
+            self._side = torch.cuda.Stream(self._device)
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side):
             self._compute()
-        current.wait_stream(stream)
+        current.wait_stream(self._side)
 
     def _capture(self) -> bool:
         graph = torch.cuda.CUDAGraph()

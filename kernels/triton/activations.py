@@ -38,5 +38,5 @@ def activation_gradient(gradient, value, ACTIVATION: tl.constexpr, negative_slop
         gradient = gradient * sigmoid * (1.0 + value * (1.0 - sigmoid))
     elif ACTIVATION == "hardswish":
         inside = gradient * (value * (1.0 / 3.0) + 0.5)
-        gradient = tl.where(value < -3.0, 0.0, tl.where(value <= 3.0, inside, gradient))
+        gradient = tl.where(value <= -3.0, 0.0, tl.where(value < 3.0, inside, gradient))
     return gradient

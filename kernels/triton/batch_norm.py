@@ -68,7 +68,8 @@ def batch_norm_statistics_kernel(
     tl.store(count_ptr + part, count, mask=tl.min(channel, 0) == 0)
     place = part * channels + channel
     tl.store(mean_ptr + place, tl.sum(pivot, 0) + shift, mask=channel_ok)
-    tl.store(m2_ptr + place, tl.maximum(tl.sum(squares, 0) - total * shift, 0.0), mask=channel_ok)
+    m2 = tl.maximum(tl.sum(squares, 0) - total * shift, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(m2_ptr + place, m2, mask=channel_ok)
 
 
 @triton.jit(do_not_specialize=configs.RUNTIME_INTEGERS)

@@ -65,7 +65,7 @@ def depthwise_reduce_kernel(
         dy_ptr = lane_pointers(out_ptr, image, out_column, channel, z_stride_h * out_height, channels)
     x_row = STRIDE_H * phase_h - padding_h + dilation_h * STEP_H * first
     x_column = STRIDE_W * phase_w - padding_w + dilation_w * STEP_W * column
-    x_ptr = lane_pointers(x_ptr, image, x_column, channel, x_stride_n * VECTOR, x_stride_w)
+    x_ptr = lane_pointers(x_ptr, image, x_column, channel, x_stride_n.to(tl.int64) * VECTOR, x_stride_w)
     x_ok = columns_inside(x_column, dilation_w, width, lanes_ok, STEP_W * (COLUMNS - 1) + KERNEL_W)
 
     weights = load_weights(weight_ptr, channel, channel_ok, KERNEL_H * KERNEL_W)
@@ -158,7 +158,7 @@ def depthwise_gradients_kernel(
     out_row = row + padding_h - dilation_h
     x_ok = columns_inside(column - 2 * dilation_w, dilation_w, width, lanes_ok, 5)
     dz_ok = columns_inside(out_column - dilation_w, dilation_w, out_width, lanes_ok, 3)
-    x_ptr = lane_pointers(x_ptr, image, column - 2 * dilation_w, channel, x_stride_n * VECTOR, x_stride_w)
+    x_ptr = lane_pointers(x_ptr, image, column - 2 * dilation_w, channel, x_stride_n.to(tl.int64) * VECTOR, x_stride_w)
     z_stride_h = out_width.to(tl.int64) * channels
     dz_ptr = lane_pointers(dz_ptr, image, out_column - dilation_w, channel, z_stride_h * out_height, channels)
     dx_stride_h = width.to(tl.int64) * channels
@@ -231,8 +231,8 @@ def depthwise_dx_kernel(
     channel = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_ok = channel < channels
     pixel = (program // blocks).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]  # [BLOCK_P, 1]
-    image = pixel // (height * width)
-    row, column = pixel // width % height, pixel % width
+    line = pixel // width
+    image, row, column = line // height, line % height, pixel % width
     lanes_ok = (pixel < batch.to(tl.int64) * height * width) & channel_ok[None, :]
     dy_ptr = dy_ptr + image * out_height * out_width * channels + channel[None, :]
     dx = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -266,22 +266,30 @@ def depthwise_dw_kernel(
     tap_h = program % KERNEL_H
     part = (program // KERNEL_H // blocks).to(tl.int64)
     first = part * chunk
-    last = tl.minimum(first + chunk, batch.to(tl.int64) * out_height * out_width)
+    count = tl.minimum(batch.to(tl.int64) * out_height * out_width - first, chunk).to(tl.int32)
+    dy_ptr += first * channels
+    # The first pixel's row and column by 64-bit division, once. From there on 32 bits do: what is added to them is less
+    # than a chunk and a block, so only a row or column of y of nearly 2^31 pixels could wrap.
+    first_line = first // out_width
+    first_column = (first % out_width).to(tl.int32)
+    first_image = first_line // out_height
+    first_row = (first_line % out_height).to(tl.int32)
     dw = repeat(tl.zeros([BLOCK_P, BLOCK_C], tl.float32), KERNEL_W)
-    for start in range(first, last, BLOCK_P):
-        pixel = start + tl.arange(0, BLOCK_P)[:, None]
-        ok = (pixel < last) & channel_ok[None, :]
-        dy = tl.load(dy_ptr + pixel * channels + channel[None, :], mask=ok, other=0.0).to(tl.float32)
-        image = pixel // (out_height * out_width)
-        row = pixel // out_width % out_height * STRIDE_H - padding_h + dilation_h * tap_h
-        column = pixel % out_width * STRIDE_W - padding_w
+    for start in range(0, count, BLOCK_P):
+        pixel = start + tl.arange(0, BLOCK_P)[:, None]  # [BLOCK_P, 1], within the chunk
+        ok = (pixel < count) & channel_ok[None, :]
+        dy = tl.load(dy_ptr + pixel.to(tl.int64) * channels + channel[None, :], mask=ok, other=0.0).to(tl.float32)
+        line = first_row + (first_column + pixel) // out_width
+        row = line % out_height * STRIDE_H - padding_h + dilation_h * tap_h
+        column = (first_column + pixel) % out_width * STRIDE_W - padding_w
         row_ok = ok & (row >= 0) & (row < height)
-        place = image * (x_stride_n * VECTOR) + row * (x_stride_h * VECTOR)
+        place = (first_image + line // out_height) * x_stride_n * VECTOR + row.to(tl.int64) * (x_stride_h * VECTOR)
         added = ()
         for tap in tl.static_range(KERNEL_W):
             x_column = column + dilation_w * tap
             x_ok = row_ok & (x_column >= 0) & (x_column < width)
-            x = tl.load(x_ptr + place + x_column * (x_stride_w * VECTOR) + channel[None, :], mask=x_ok, other=0.0)
+            x_place = place + x_column.to(tl.int64) * (x_stride_w * VECTOR) + channel[None, :]
+            x = tl.load(x_ptr + x_place, mask=x_ok, other=0.0)
             added = added + (tl.fma(dy, x.to(tl.float32), dw[tap]),)
         dw = added
     partial = part * (KERNEL_H * KERNEL_W) * channels + channel

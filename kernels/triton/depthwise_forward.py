@@ -52,7 +52,7 @@ def depthwise_statistics_kernel(
         y_ptr = lane_pointers(y_ptr, image, out_column, channel, y_stride_h * out_height, channels)
     x_row = STRIDE_H * phase_h - padding_h + dilation_h * STEP_H * first
     x_column = STRIDE_W * phase_w - padding_w + dilation_w * STEP_W * column
-    x_ptr = lane_pointers(x_ptr, image, x_column, channel, x_stride_n * VECTOR, x_stride_w)
+    x_ptr = lane_pointers(x_ptr, image, x_column, channel, x_stride_n.to(tl.int64) * VECTOR, x_stride_w)
     x_ok = columns_inside(x_column, dilation_w, width, lanes_ok, STEP_W * (COLUMNS - 1) + KERNEL_W)
 
     weights = load_weights(weight_ptr, channel, channel_ok, KERNEL_H * KERNEL_W)
@@ -122,7 +122,7 @@ def depthwise_apply_kernel(
     z_ptr = lane_pointers(z_ptr, image, out_column, channel, z_stride_h * out_height, channels)
     x_row = STRIDE_H * phase_h - padding_h + dilation_h * STEP_H * first
     x_column = STRIDE_W * phase_w - padding_w + dilation_w * STEP_W * column
-    x_ptr = lane_pointers(x_ptr, image, x_column, channel, x_stride_n * VECTOR, x_stride_w)
+    x_ptr = lane_pointers(x_ptr, image, x_column, channel, x_stride_n.to(tl.int64) * VECTOR, x_stride_w)
     x_ok = columns_inside(x_column, dilation_w, width, lanes_ok, STEP_W * (COLUMNS - 1) + KERNEL_W)
 
     weights = load_weights(weight_ptr, channel, channel_ok, KERNEL_H * KERNEL_W)

@@ -12,13 +12,6 @@ from . import configs
 from .device import capability_of
 
 
-def channels_last(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself where its channels lie side by side, else a channels-last copy."""
-    if tensor.stride(1) == 1 or tensor.shape[1] == 1:
-        return tensor
-    return tensor.contiguous(memory_format=torch.channels_last)
-
-
 def empty_channels_last(shape: tuple[int, int, int, int], like: torch.Tensor) -> torch.Tensor:
     """[N, C, H, W], uninitialised, dense channels-last, of the dtype and device of `like`."""
     batch, channels, height, width = shape
