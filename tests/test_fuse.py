@@ -241,5 +241,5 @@ def test_torchvision_model_on_triton(torchvision_models, monkeypatch):
         return configs.Tile(1, 256, 64, 32, 4) if operation.startswith("bn_") else configs.Tile(1, 64, 32, 32, 4)
 
     monkeypatch.setattr(configs, "tile", large)
-    model = make(lambda: torchvision_models.mobilenet_v2(num_classes=10, width_mult=0.25))
+    model = make(lambda: torchvision_models.mobilenet_v3_small(num_classes=10, width_mult=0.25))
     assert_as_near_to_float64(model, image(3, 38), "triton")
