@@ -88,7 +88,8 @@ def _prune(
     recipe = _recipe(parsed, source.recipe, options, output)
     device = environment.choose_device(parsed.device)
     # Trained on further are the images that the run was trained on; measured is on the test images.
-    dataset = data.hold_out(source.dataset, recipe.holdout)
+    own = parsed.fine_tune and parsed.dataset is None
+    dataset = data.hold_out(source.dataset, recipe.holdout) if own else source.dataset
     task = classify.Classification(recipe, dataset, device, distributed.Processes())
     task.model.load_state_dict(state)
     task.restart_average()

@@ -155,7 +155,8 @@ def _gan(
 ) -> dict[str, Any]:
     wanted = names("--metrics", parsed.metrics or ("fd" if parsed.classifier else "fid") + ",kid,prdc", METRICS)
     gan, class_names = load_gan(saved, chosen, average=not parsed.no_average)
-    if gan.conditional and tuple(class_names) != tuple(dataset.class_names):
+    names_differ = "cas" in wanted and tuple(class_names) != tuple(dataset.class_names)
+    if gan.conditional and (names_differ or len(class_names) != dataset.num_classes):
         raise ValueError(
             f"{saved.path} draws {len(class_names)} classes ({', '.join(class_names[:3])}, …), {dataset.name} has "
             f"{dataset.num_classes} ({', '.join(dataset.class_names[:3])}, …); give its data set"

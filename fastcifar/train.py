@@ -51,9 +51,12 @@ def _resolve(arguments: Any, has_gpu: bool) -> tuple[Recipe, checkpoint.Checkpoi
     config = recipe.read_config(arguments.config) if arguments.config else {}
     resume = flags.get("resume", config.get("resume"))
     if not isinstance(resume, str):
-        return recipe.resolve(flags, config, has_gpu=has_gpu), None
+        fresh = recipe.resolve(flags, config, has_gpu=has_gpu)
+        recipe.check_effect(flags, fresh)
+        return fresh, None
     if resume == "auto":
         fresh = recipe.resolve(flags, config, has_gpu=has_gpu)
+        recipe.check_effect(flags, fresh)
         place = pathlib.Path(fresh.output) if fresh.output else run_folder.newest_folder(_RUNS, _folder_name(fresh))
         if not checkpoint.list_checkpoints(place / "checkpoints"):
             if fresh.eval_only:
@@ -61,7 +64,7 @@ def _resolve(arguments: Any, has_gpu: bool) -> tuple[Recipe, checkpoint.Checkpoi
             print(f"--resume auto: no checkpoint in {place}, starting from the beginning", flush=True)
             return dataclasses.replace(fresh, output=str(place)), None
     else:
-        place = pathlib.Path(resume)
+        place = _continued(resume, flags.get("output")) or pathlib.Path(resume)
     saved = checkpoint.find(place, notify=lambda text: print(f"WARNING: {text}", file=sys.stderr))
     old = saved.config
     # A checkpoint counts its budget in steps; how many an epoch has is known when the images are.
@@ -82,6 +85,14 @@ def _resolve(arguments: Any, has_gpu: bool) -> tuple[Recipe, checkpoint.Checkpoi
     if not arguments.output:
         wanted = dataclasses.replace(wanted, output=str(checkpoint.run_folder(saved.path)))
     return wanted, saved
+
+
+def _continued(resume: str, output: str | None) -> pathlib.Path | None:
+    """The run folder that an earlier start of the same command made: it goes on with that, and not with `resume`."""
+    if output is None or not checkpoint.list_checkpoints(pathlib.Path(output) / "checkpoints"):
+        return None
+    made = checkpoint.find(pathlib.Path(output), notify=lambda text: None)
+    return pathlib.Path(output) if made.config.get("resume") == resume else None
 
 
 def _check_budget(chosen: Recipe, saved: checkpoint.Checkpoint | None) -> None:

@@ -86,8 +86,10 @@ def main(arguments: Sequence[str]) -> int:
     parsed = _parser().parse_args(arguments)
     validation.require("tune", "optuna")
     config = recipe.read_config(parsed.config) if parsed.config else {}
-    base = recipe.resolve(recipe_flags.given(parsed), config, has_gpu=torch.cuda.is_available())
+    flags = recipe_flags.given(parsed)
+    base = recipe.resolve(flags, config, has_gpu=torch.cuda.is_available())
     space = _check(parsed, base)
+    recipe.check_effect(dict.fromkeys(part.name for part in space) | flags, base)
     device = environment.choose_device(base.device)
     settings = environment.prepare_process(device, deterministic=base.deterministic)
     dataset = data.load_dataset(base.dataset, base.data_dir)

@@ -135,6 +135,9 @@ def test_an_empty_class_is_named_and_hidden_folders_are_none(tmp_path):
     (tmp_path / "train" / "dog" / "0.png").rename(tmp_path / "train" / "dog" / "0.heic")
     with pytest.raises(data.DataError, match="train/dog/ holds no images"):
         data.load_dataset(f"folder:{tmp_path}")
+    (tmp_path / "train" / "dog" / "0.heic").rename(tmp_path / "train" / "dog" / "0.png")
+    (tmp_path / "val" / "dog" / "0.png").unlink()  # none to judge by
+    assert data.load_dataset(f"folder:{tmp_path}").test_labels.tolist() == [0]
 
 
 def test_sixteen_bits_become_eight(tmp_path):

@@ -135,6 +135,8 @@ def test_a_bad_first_step_leaves_no_momentum(fp16):
         update = optimisers.GuardedStep(
             optimisers.build_optimiser(chosen, model), model, 0.0, torch.device("cpu"), fp16=fp16
         )
+        momenta = [state["momentum_buffer"] for state in update.optimiser.state.values()]
+        assert len(momenta) == 2 and not any(buffer.any() for buffer in momenta)
         before = model.weight.detach().clone()
         update(model(torch.full((1, 64), float("inf"))).sum(), 0, 0.1)
         assert torch.equal(model.weight, before)

@@ -80,10 +80,6 @@ def test_budget_fills_warm_up_and_evaluation():
         ({"mixup": 0.2, "cutmix": 1.0}, ["--mixup", "--cutmix", "exclude"]),
         ({"eval_only": True}, ["--eval-only", "--resume"]),
         ({"resume": "run", "init_weights": "x"}, ["--resume", "--init-weights"]),
-        ({"n_dis": 5}, ["--n-dis", "for GANs", "ds_resnet"]),
-        ({"metrics": "fid"}, ["--metrics", "for GANs"]),
-        ({"adversarial_eps": 0.1}, ["--adversarial-eps", "without --adversarial"]),
-        ({"kd_weight": 0.5}, ["--kd-weight", "without --teacher"]),
         ({"model": "aw_sngan", "compile": True}, ["--compile", "aw_sngan"]),
         ({"preset": "best"}, ["--preset best", "--teacher RUN", "--preset fast"]),
         ({"sched": "cosin"}, ["'cosin'", "'cosine'"]),
@@ -94,6 +90,27 @@ def test_bad_options_are_named_with_their_values(flags, parts):
     with pytest.raises(ValueError) as error:
         resolve(**flags)
     assert all(part in str(error.value) for part in parts), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"n_dis": 5}, "--n-dis is for GANs .*, ds_resnet is a classifier"),
+        ({"metrics": "fid"}, "--metrics is for GANs"),
+        ({"metric_samples": 10}, "--metric-samples is for GANs"),
+        ({"adversarial_eps": 0.1}, "--adversarial-eps does nothing without --adversarial"),
+        ({"kd_weight": 0.5}, "--kd-weight does nothing without --teacher"),
+        ({"model": "aw_sngan", "kd_weight": 0.5}, "--kd-weight does nothing without --teacher"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_flags_without_effect_are_refused(flags, words):
+    chosen = resolve(**flags)
+    with pytest.raises(ValueError, match=words):
+        recipe.check_effect(flags, chosen)
+    # Those of a checkpoint or a file, and those of a control beside its experiment, are not.
+    recipe.check_effect({}, chosen)
+    recipe.check_effect({"adversarial": "off", "adversarial_eps": 0.1, "teacher": None, "kd_weight": 0.5}, resolve())
 
 
 def test_too_long_a_warm_up_is_refused():

@@ -317,6 +317,10 @@ def test_a_run_does_not_go_on_in_the_folder_of_another(source, tmp_path, capsys)
     assert "--output two already holds a run" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "two").rglob("*") if path.is_file()} == before
     assert status_of([*arguments, "--output", "three"]) == 0
+    # The same command, started again by a scheduler, goes on with what it made.
+    saved = checkpoint.find("three", print).step
+    capsys.readouterr()
+    assert status_of([*arguments, "--output", "three"]) == 0 and result_of(capsys)["resumed_at"] == saved == 6
     assert status_of([*arguments, "--output", tmp_path / "one"]) == 0
 
 

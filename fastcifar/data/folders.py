@@ -45,8 +45,10 @@ def read_folder(path: pathlib.Path) -> ImageDataset:
                     images.append(image)
                     labels.append(label)
                     sizes.add(size)
-            if len(images) == before:
+            if len(images) == before and root == train:
                 raise DataError(f"folder:{path}: {root.name}/{name}/ holds no images ({', '.join(_SUFFIXES)})")
+        if not images:
+            raise DataError(f"folder:{path}: {root.name}/ holds no images ({', '.join(_SUFFIXES)})")
         arrays += [numpy.stack(images), numpy.array(labels, numpy.int64)]
     odd_sizes = sizes - {(_SIDE, _SIDE)}
     notices = (f"images of {len(odd_sizes)} other sizes were resized to {_SIDE}×{_SIDE}",) if odd_sizes else ()
@@ -55,7 +57,7 @@ def read_folder(path: pathlib.Path) -> ImageDataset:
 
 def _eight_bits(pillow, opened):
     """Pillow would cut the values of deeper images off at 255."""
-    if opened.mode.startswith("I;16"):
+    if opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format == "PNG"):  # the latter before 10.3
         return pillow.fromarray((numpy.asarray(opened).astype(numpy.uint32) // 257).astype(numpy.uint8))
     if opened.mode in ("I", "F"):
         raise ValueError(f"its pixels are of mode {opened.mode}, whose range is not known; convert it to 8 bits")

@@ -134,6 +134,7 @@ class SpectralNormGroup:
                 "fastcifar.nn.spectral_norm to its layers first"
             )
         self._run: dict[tuple, Any] = {}
+        self._seen: dict[int, tuple] = {}
         _see_fused_steps()
         self.invalidate()
 
@@ -232,15 +233,15 @@ class SpectralNormGroup:
 
     def _vectors(self, place: int, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """u and v as the kernels write them in place; others may have been loaded or given another dtype."""
-        norm, name = self._norms[place], self._names[place]
-        for key in ("_u", "_v"):
-            if not norm._buffers[key].is_contiguous():
-                norm._buffers[key] = norm._buffers[key].contiguous()
-        u, v = norm._buffers["_u"], norm._buffers["_v"]
-        validation.check_singular_vectors(
-            type(self).__name__, name, weight, norm.dim, **{f"u of {name}": u, f"v of {name}": v}
-        )
-        return u, v
+        buffers, name = self._norms[place]._buffers, self._names[place]
+        if self._seen.get(place) != _place_of(buffers, weight):
+            for key in ("_u", "_v"):
+                if not buffers[key].is_contiguous():
+                    buffers[key] = buffers[key].contiguous()
+            vectors = {f"u of {name}": buffers["_u"], f"v of {name}": buffers["_v"]}
+            validation.check_singular_vectors(type(self).__name__, name, weight, self._norms[place].dim, **vectors)
+            self._seen[place] = _place_of(buffers, weight)
+        return buffers["_u"], buffers["_v"]
 
     def _read(self, place: int, weight: torch.Tensor) -> torch.Tensor:
         outputs = self._outputs
@@ -262,7 +263,7 @@ class SpectralNormGroup:
     def __deepcopy__(self, memo: dict) -> SpectralNormGroup:
         other = type(self).__new__(type(self))
         memo[id(self)] = other
-        other.impl, other._names, other._run = self.impl, list(self._names), {}
+        other.impl, other._names, other._run, other._seen = self.impl, list(self._names), {}, {}
         other._lists = copy.deepcopy(self._lists, memo)
         # The lists may be half made: copies of a model and its group refer to each other.
         other._norms = None
@@ -277,6 +278,12 @@ def _version(weight: torch.Tensor) -> int:
 def _mark(weight: torch.Tensor) -> tuple:
     """Differs after any change of the weight that can be seen without reading it."""
     return _version(weight), weight.data_ptr(), weight.dtype
+
+
+def _place_of(buffers: dict[str, torch.Tensor], weight: torch.Tensor) -> tuple:
+    """Differs where u and v lie elsewhere, or they or the weight are of another kind."""
+    u, v = buffers["_u"], buffers["_v"]
+    return u.data_ptr(), v.data_ptr(), u.dtype, v.dtype, u.shape, v.shape, weight.dtype, weight.shape, weight.device
 
 
 def _count_fused_step(optimiser: torch.optim.Optimizer, *_: Any) -> None:

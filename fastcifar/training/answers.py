@@ -42,7 +42,7 @@ class Answers:
         self._loader = loader
         images = numpy.ascontiguousarray(dataset.train_images)
         options = loader.augmentation
-        kind = f"{options.crop_mode}{options.crop_pad}-{loader.views}-{loader.dtype}-{device.type}"
+        kind = f"{options.crop_mode}{options.crop_pad}-{loader.views}-{loader.dtype}-{device.type}{teacher.settings}"
         key = hashlib.sha256(f"{teacher.digest}{hashlib.sha256(images).hexdigest()}{kind}".encode()).hexdigest()
         self.path = cache_folder() / "teachers" / f"{key[:24]}.f16"
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -33,6 +33,7 @@ class Teacher:
 
     Attributes:
         digest: SHA-256 of its tensors.
+        settings: what else its answers depend on, where that differs from the student's.
 
     Raises:
         ValueError: there is none, it is a GAN's, or it knows another number of classes.
@@ -52,13 +53,14 @@ class Teacher:
         self.digest = found.digest
         self._network = found.network.to(device=device, memory_format=torch.channels_last)
         self._amp_dtype = amp_dtype
-        self._renormalise = None
+        self._renormalise, self.settings = None, ""
         if (tuple(found.mean), tuple(found.std)) != (tuple(dataset.mean), tuple(dataset.std)):
             mean, std, own_mean, own_std = (
                 torch.tensor(values, device=device).view(3, 1, 1)
                 for values in (dataset.mean, dataset.std, found.mean, found.std)
             )
             self._renormalise = std / own_std, (mean - own_mean) / own_std
+            self.settings = f"{found.mean}{found.std}"
 
     @torch.no_grad()
     def logits(self, images: torch.Tensor) -> torch.Tensor:

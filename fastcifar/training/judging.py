@@ -27,6 +27,9 @@ class Judge:
         wanted: names of `metrics.METRICS`.
         count: samples.
         split: "test" or "train".
+
+    Raises:
+        ValueError: "prdc" of too few samples or images.
     """
 
     def __init__(self, extractor: Any, dataset: data.ImageDataset, wanted: tuple[str, ...], count: int, split="test"):
@@ -98,7 +101,8 @@ def build_judge(
         inception: path of the Inception network's weights, where they are not in the cache.
 
     Raises:
-        ValueError: a classifier that cannot be read, or with "fid"; Inception weights that cannot be had.
+        ValueError: a classifier that cannot be read, or with "fid"; Inception weights that cannot be had; "prdc" of too
+            few images.
     """
     if classifier is None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -98,9 +99,11 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     model.load_state_dict(tensors)
 
 
-def warn_of_seen_images(option: str, source: Checkpoint, holdout: int) -> None:
-    """Says so where weights from elsewhere come from a run that trained on images which are held out here."""
-    if source.config.get("holdout", 0) < holdout:
+def warn_of_seen_images(option: str, source: Checkpoint, dataset: str, holdout: int) -> None:
+    """Says so, in one process, where weights come from a run that trained on images which are held out here."""
+    names = {"cifar100" if name == "auto" else name for name in (dataset, source.config.get("dataset", "auto"))}
+    first = os.environ.get("RANK", "0") == "0"
+    if first and len(names) == 1 and source.config.get("holdout", 0) < holdout:
         print(
             f"WARNING: {option} {source.path} was trained on images that --holdout {holdout} judges by, so the figures "
             f"are too good; train it with --holdout {holdout}, too",
@@ -142,6 +145,6 @@ def trained_classifier(
             "classifier of the same classes"
         )
     load_weights(network, saved)
-    warn_of_seen_images(option, saved, holdout)
+    warn_of_seen_images(option, saved, dataset.name.rpartition("-holdout")[0], holdout)
     digest = checkpoints.state_sha256({f"model.{key}": tensor for key, tensor in network.state_dict().items()})
     return TrainedClassifier(network.eval().requires_grad_(False), name, digest, dataset.mean, dataset.std)

@@ -151,8 +151,11 @@ def _check_together(recipe: Recipe) -> None:
         transfer.read_phases(recipe.phases)
     if recipe.model in models.list_models(gan=True):
         _check_gan(recipe)
-    else:
-        _check_classifier(recipe)
+    elif recipe.unconditional or recipe.loss != "auto" or recipe.diffaugment != "off":
+        raise ValueError(
+            f"--unconditional, --loss and --diffaugment are for GANs ({', '.join(models.list_models(gan=True))}), "
+            f"{recipe.model} is a classifier"
+        )
     if recipe.sched == "constant" and recipe.opt == "sgd" and recipe.lr == 0.0:
         raise ValueError("--lr 0 trains nothing; give a rate above 0")
 
@@ -168,17 +171,31 @@ def _check_cache(recipe: Recipe) -> None:
             )
 
 
-def _check_classifier(recipe: Recipe) -> None:
-    default, gans = Recipe(), ", ".join(models.list_models(gan=True))
-    for option in ("unconditional", "loss", "n_dis", "diffaugment", "classifier", "metrics"):
-        if getattr(recipe, option) != getattr(default, option):
-            raise ValueError(f"{flag(option)} is for GANs ({gans}), {recipe.model} is a classifier")
-    wanted = {"adversarial": ("adversarial_eps", "adversarial_step_size", "adversarial_steps", "trades_beta")}
-    wanted["teacher"] = ("kd_temperature", "kd_weight")
-    for needed, options in wanted.items():
-        changed = [option for option in options if getattr(recipe, option) != getattr(default, option)]
-        if changed and getattr(recipe, needed) in (None, "off"):
-            raise ValueError(f"{flag(changed[0])} does nothing without {flag(needed)}; give both or neither")
+_GAN_OPTIONS = ("unconditional", "loss", "n_dis", "diffaugment", "classifier", "metrics", "metric_samples")
+_NEEDED = {
+    "adversarial": ("adversarial_eps", "adversarial_step_size", "adversarial_steps", "trades_beta"),
+    "teacher": ("kd_temperature", "kd_weight"),
+}
+
+
+def check_effect(flags: Mapping[str, Any], recipe: Recipe) -> None:
+    """What a user asks for must have an effect; what a checkpoint or a file brings along need not.
+
+    Args:
+        flags: options given on the command line, by field name.
+        recipe: that they led to.
+
+    Raises:
+        ValueError: an option that this recipe does not look at; the message says what is missing.
+    """
+    gans = models.list_models(gan=True)
+    for option in _GAN_OPTIONS if recipe.model not in gans else ():
+        if flags.get(option) not in (None, False):
+            raise ValueError(f"{flag(option)} is for GANs ({', '.join(gans)}), {recipe.model} is a classifier")
+    for needed, options in _NEEDED.items():
+        given = [option for option in options if option in flags]
+        if given and needed not in flags and getattr(recipe, needed) in (None, "off"):
+            raise ValueError(f"{flag(given[0])} does nothing without {flag(needed)}; give both or neither")
 
 
 def _check_gan(recipe: Recipe) -> None:

@@ -129,7 +129,7 @@ def write_grids(
         if gan.conditional:
             places = [numpy.flatnonzero(dataset.train_labels == label) for label in classes]
             # A class of few images repeats them, so that the rows stay those of the classes.
-            chosen = numpy.concatenate([numpy.resize(place, _GRID_SAMPLES) for place in places])
+            chosen = numpy.concatenate([numpy.resize(place, _GRID_SAMPLES) for place in places if len(place)])
         else:
             chosen = numpy.arange(min(count, len(dataset.train_images)))
         save_png(folder / "reals.png", grid(dataset.train_images[chosen], _GRID_SAMPLES))

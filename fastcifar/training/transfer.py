@@ -73,14 +73,14 @@ def freeze(model: nn.Module, frozen: bool) -> None:
         part.requires_grad_(not frozen).train(not frozen)
 
 
-def read_backbone(source: str, model: str, holdout: int = 0) -> dict[str, torch.Tensor]:
+def read_backbone(source: str, model: str, recipe: Recipe | None = None) -> dict[str, torch.Tensor]:
     """Tensors that a backbone may begin with.
 
     Args:
         source: a run or checkpoint, a file of tensors (.safetensors, or .pth of torch.save), or "imagenet" for the
             published weights of `model`.
         model: name of the network that they are for.
-        holdout: training images that the run is judged by; a source that knows them is warned of.
+        recipe: of the run that begins with them, which may hold out images that they know.
 
     Raises:
         ValueError: there are none, they cannot be read, or "imagenet" for a network that has no such weights.
@@ -96,7 +96,8 @@ def read_backbone(source: str, model: str, holdout: int = 0) -> dict[str, torch.
     if path.is_file():
         return read_tensors(path.read_bytes(), str(path))
     saved = checkpoint.find(path, notify=print)
-    warn_of_seen_images("--backbone", saved, holdout)
+    if recipe is not None:
+        warn_of_seen_images("--backbone", saved, recipe.dataset, recipe.holdout)
     return network_of(saved)
 
 
@@ -136,9 +137,9 @@ def first_weights(recipe: Recipe, saved: checkpoint.Checkpoint | None) -> Callab
     source = backbone = None
     if saved is None and recipe.init_weights:
         source = checkpoint.find(recipe.init_weights, notify=print)
-        warn_of_seen_images("--init-weights", source, recipe.holdout)
+        warn_of_seen_images("--init-weights", source, recipe.dataset, recipe.holdout)
     if saved is None and recipe.backbone not in (None, "none"):
-        backbone = read_backbone(recipe.backbone, recipe.model, recipe.holdout)
+        backbone = read_backbone(recipe.backbone, recipe.model, recipe)
 
     def put(task: Any) -> None:
         if source is not None:

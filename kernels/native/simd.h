@@ -12,7 +12,7 @@
 // fma(a, b, c) min(a, b) max(a, b)              a·b + c; min and max return b when either is NaN
 // greater(a, b) select(mask, a, b)              mask is false for NaN
 // pin(v)                                        v, kept in a register
-// round(v) scale_by_power(v, n)                 nearest integer; v·2ⁿ for whole n in [−127, 127]
+// round(v) scale_by_power(v, n)                 nearest integer; v·2ⁿ for whole n in [−127, 128], 2¹²⁸ is ∞
 // load_byte(p, i) load_flag(p, bit) any(mask)   p: uint32*; the i-th byte of each word as a number; where a bit is set
 // pack_pixels<reversed>(p, words)               one `packed_pixel` a lane
 // interleaved<K>(a, b, c)                       the K-th third of a₀ b₀ c₀ a₁ b₁ c₁ …
