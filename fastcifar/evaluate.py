@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pathlib
 import time
 from collections.abc import Sequence
@@ -126,7 +127,7 @@ def _classifier(
     missing = confusion.draw(matrix, dataset.class_names, picture, title)
     print(missing or f"confusion matrix: {picture}")
     classes = {
-        name: round(value, 4) if value == value else None
+        name: None if math.isnan(value) else round(value, 4)
         for name, value in zip(dataset.class_names, by_class, strict=True)
     }
     return result | {"accuracy_by_class": classes, "confusion": matrix.tolist()}

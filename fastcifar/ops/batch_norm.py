@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import torch
 
@@ -62,23 +62,5 @@ def _gradient(dz, x, terms, *norm):
     return _like(_passes(x, None, *norm).gradient(_pixels(dz), _dense(terms)), x)
 
 
-def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
-    """[N, C, …] whose memory is dense [N, …, C]: the tensor itself, or a copy."""
-    rows = tensor.movedim(1, -1)
-    return tensor if rows.is_contiguous() else rows.contiguous().movedim(-1, 1)
-
-
-def batch_norm_act(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    running_mean: torch.Tensor | None = None,
-    running_var: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    **options: Any,
-) -> torch.Tensor:
-    """The operator on Triton kernels; arguments as of `batch_norm_fused.batch_norm_act`, without `prefix`."""
-    residual = None if residual is None else _channels_last(residual)
-    return batch_norm_fused.batch_norm_act(
-        _channels_last(x), weight, bias, running_mean, running_var, residual, prefix="", **options
-    )
+# x, residual: float32, float16 or bfloat16, computed in float32; γ, β and statistics of any floating dtype.
+batch_norm_act = functools.partial(batch_norm_fused.batch_norm_act, prefix="")

@@ -27,6 +27,11 @@ def rows_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.movedim(1, -1).contiguous()
 
 
+def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    """[N, C, …] whose memory is dense [N, …, C]: the tensor itself, or a copy that all passes then share."""
+    return tensor if tensor.movedim(1, -1).is_contiguous() else rows_of(tensor).movedim(-1, 1)
+
+
 def empty_rows(like: torch.Tensor) -> torch.Tensor:
     """Uninitialised dense [N, …, C] for the results of a call on [N, C, …]."""
     batch, channels, *sizes = like.shape
@@ -72,7 +77,7 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dz):
         x, residual, weight, bias, statistics, count = ctx.saved_tensors
-        dz = rows_of(dz).movedim(-1, 1)  # once, for both passes
+        dz = _channels_last(dz)
         act, training, process_group, prefix = ctx.settings
         need_dx, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
         norm = weight, bias, statistics
@@ -116,6 +121,7 @@ def batch_norm_act(
 
     x, residual: float32, bfloat16 or float16, computed in float32; γ, β and statistics of any floating dtype.
     """
+    x, residual = _channels_last(x), None if residual is None else _channels_last(residual)
     act = eps, activation, negative_slope
     group = process_group if training else None
     count = None

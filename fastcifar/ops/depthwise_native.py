@@ -135,6 +135,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, dz):
         x, weight, bn_weight, bn_bias, y, statistics, count = ctx.saved_tensors
         sizes, act, training, process_group = ctx.settings
+        dz = _channels_last(dz)
         need_dx, need_dw, need_gamma, need_beta = ctx.needs_input_grad[:4]
         norm = bn_weight, bn_bias, statistics
         dx = dw = sums = terms = None
